@@ -1,0 +1,241 @@
+"""From a scorer and the targets of a split to a table of ranks."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from recsys.evaluation.coverage import Coverage
+from recsys.evaluation.metrics import metric_key
+from recsys.evaluation.protocols import (
+    PROTOCOLS,
+    NegativesHash,
+    ProtocolName,
+    RankingProtocol,
+    among,
+    draw_negatives,
+    positions,
+)
+from recsys.evaluation.rank import RankInterval, Ties, cross_entropy, rank, rank_sampled
+from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, Seen, Split, ranks_table
+from recsys.evaluation.targets import EvalBatch, Targets
+from recsys.loading import Config
+from recsys.types import Catalog, Scorer
+
+_ROWS = 256
+"""Targets scored at a time: their scores over a catalogue of tens of thousands of items stay near the caches."""
+
+
+class EvalConfig(Config):
+    """How a run is ranked and how sure its numbers are."""
+
+    protocols: Annotated[tuple[ProtocolName, ...], Field(min_length=1)] = ("full",)
+    ks: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (5, 10, 20)
+    seen: Seen = "history"
+    """Items of the user's history leave the full rankings (`history`) or stay (`none`). The target always stays."""
+    ties: Ties = "average"
+    bootstrap_samples: Annotated[int, Field(ge=1)] = 1000
+    permutations: Annotated[int, Field(ge=1)] = 10_000
+    """Sign flips of a permutation test; few users are enumerated instead."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of negatives, bootstrap and permutations; not the run's seed, so that runs meet the same negatives."""
+    batch_size: Annotated[int, Field(ge=1)] = 512
+
+    @field_validator("protocols", "ks")
+    @classmethod
+    def _no_repeats(cls, values: tuple[object, ...]) -> tuple[object, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("an entry stands twice; keep one of them")
+        return values
+
+
+@dataclass(frozen=True)
+class DomainCounts:
+    """What was evaluated in one domain."""
+
+    candidates: int
+    cold_candidates: int
+    """Items of the domain without a training event; they are candidates all the same."""
+    users: int
+    targets: int
+    cold_targets: int
+    repeated_targets: int
+    """Targets that occur in their user's own history."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of `evaluate`. Values and intervals come from `summarize(evaluation.ranks, config)`."""
+
+    ranks: pa.Table
+    """As `RANKS_SCHEMA`; its `RanksInfo` holds the hashes of split and negatives."""
+    coverage: dict[str, float]
+    """Per domain and macro, for the protocols that rank a whole pool; keys as in `metric_key`."""
+    counts: dict[str, DomainCounts]
+
+
+def evaluate(
+    scorer: Scorer,
+    batches: Iterable[EvalBatch],
+    catalog: Catalog,
+    config: EvalConfig,
+    *,
+    split: Split,
+    split_hash: str,
+) -> Evaluation:
+    """Rank every target under every protocol of `config`.
+
+    Nothing depends on how the targets are batched or ordered, as far as the scorer's scores do not.
+    Raises NonFiniteScores if a candidate's score is NaN or infinite, ValueError if there are no targets.
+    """
+    if reserved := {"macro", "micro"}.intersection(catalog.domain_names):
+        raise ValueError(f"a domain cannot be called {reserved.pop()!r}, which names a mean over domains; rename it")
+    protocols = [PROTOCOLS[name] for name in config.protocols]
+    pieces: list[pa.Table] = []
+    hashes = {protocol.name: NegativesHash() for protocol in protocols if protocol.negatives}
+    coverage: dict[tuple[str, int], Coverage] = {}
+    repeated: Counter[int] = Counter()
+    with torch.no_grad():
+        for targets in _chunks(batches):
+            catalog = _on_device_of(targets.target, catalog)
+            repeated[targets.domain] += int((targets.seen == targets.target[:, None]).any(1).sum())
+            for protocol, field in _fields(scorer, targets, catalog, protocols, config.seen):
+                if protocol.negatives is None:
+                    ranks, loss = field.rank(targets.user)
+                    key = (protocol.name, targets.domain)
+                    coverage.setdefault(key, Coverage(len(field.items), config.ks)).update(field.visible_scores())
+                else:
+                    negatives = draw_negatives(protocol.negatives, field.items, catalog, targets, seed=config.seed)
+                    hashes[protocol.name].update(targets, field.items[negatives])
+                    ranks = rank_sampled(field.scores, field.target_index, negatives, targets.user, protocol.margin)
+                    loss = None
+                pieces.append(_piece(protocol.name, targets, catalog, ranks, loss))
+    if not pieces:
+        raise ValueError(f"the {split} split has no targets to evaluate; choose another split or more data")
+    info = RanksInfo(split, split_hash, config.seen, {name: value.hexdigest() for name, value in hashes.items()})
+    table = ranks_table(pieces, info)
+    return Evaluation(table, _coverage(coverage, catalog, config.ks, split), _counts(table, repeated, catalog))
+
+
+def rank_full(
+    scorer: Scorer, targets: EvalBatch, catalog: Catalog, seen: Seen
+) -> tuple[RankInterval, Float[Tensor, " batch"]]:
+    """Ranks and cross-entropies of one batch under the protocol `full`, for validation during training."""
+    with torch.no_grad():
+        found = [
+            field.rank(chunk.user)
+            for chunk in _chunks([targets])
+            for _, field in _fields(scorer, chunk, catalog, [PROTOCOLS["full"]], seen)
+        ]
+    return RankInterval.concatenate([ranks for ranks, _ in found]), torch.cat([loss for _, loss in found])
+
+
+@dataclass(frozen=True)
+class _Field:
+    """The candidates of some targets under one protocol."""
+
+    items: Int[Tensor, " candidates"]
+    scores: Float[Tensor, "batch candidates"]
+    target_index: Int[Tensor, " batch"]
+    excluded: Bool[Tensor, "batch candidates"] | None
+
+    def rank(self, users: Int[Tensor, " batch"]) -> tuple[RankInterval, Float[Tensor, " batch"]]:
+        ranks = rank(self.scores, self.target_index, self.excluded, users)
+        return ranks, cross_entropy(self.scores, self.target_index, self.excluded)
+
+    def visible_scores(self) -> Float[Tensor, "batch candidates"]:
+        return self.scores if self.excluded is None else self.scores.masked_fill(self.excluded, -torch.inf)
+
+
+def _fields(
+    scorer: Scorer, targets: Targets, catalog: Catalog, protocols: Sequence[RankingProtocol], seen: Seen
+) -> Iterator[tuple[RankingProtocol, _Field]]:
+    """The candidates of every protocol, scored once."""
+    with torch.inference_mode(False):  # the catalogue keeps what it is asked for, and training uses it too
+        pools = [protocol.pool(catalog, targets.domain) for protocol in protocols]
+    union = torch.cat(pools).unique()
+    scores = scorer.scores(targets.batch, union)
+    for protocol, pool in zip(protocols, pools, strict=True):
+        target_index = positions(pool, catalog)[targets.target]
+        assert bool((target_index < len(pool)).all()), "a target lies outside the domain that is asked for"
+        excluded = None
+        if seen == "history" and protocol.negatives is None:
+            excluded = among(pool, targets.seen, catalog).scatter(1, target_index[:, None], False)
+        columns = scores if len(pool) == len(union) else scores[:, torch.searchsorted(union, pool)]
+        yield protocol, _Field(pool, columns, target_index, excluded)
+
+
+def _chunks(batches: Iterable[EvalBatch]) -> Iterator[Targets]:
+    """The batches cut into at most `_ROWS` rows."""
+    for whole in batches:
+        for start in range(0, len(whole.history), _ROWS):
+            yield _cut(whole, slice(start, start + _ROWS))
+
+
+def _cut(whole: EvalBatch, rows: slice) -> Targets:
+    return Targets(whole.batch.map(lambda tensor: tensor[rows]), whole.seen[rows], whole.history[rows])
+
+
+def _on_device_of(tensor: Tensor, catalog: Catalog) -> Catalog:
+    return catalog if catalog.item_domain.device == tensor.device else catalog.to(tensor.device)
+
+
+def _piece(
+    protocol: str, targets: Targets, catalog: Catalog, ranks: RankInterval, loss: Float[Tensor, " batch"] | None
+) -> pa.Table:
+    count = len(targets.history)
+    columns = [
+        [protocol] * count,
+        targets.user.tolist(),
+        [catalog.domain_names[targets.domain]] * count,
+        targets.target.tolist(),
+        targets.history.tolist(),
+        ranks.greater.tolist(),
+        ranks.ties.tolist(),
+        ranks.candidates.tolist(),
+        [None] * count if loss is None else loss.tolist(),
+    ]
+    return pa.Table.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, RANKS_SCHEMA, strict=True)], schema=RANKS_SCHEMA
+    )
+
+
+def _coverage(
+    coverage: Mapping[tuple[str, int], Coverage], catalog: Catalog, ks: Sequence[int], split: Split
+) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for protocol in dict.fromkeys(name for name, _ in coverage):
+        shares = {domain: coverage[name, domain].shares() for name, domain in sorted(coverage) if name == protocol}
+        for place, k in enumerate(ks):
+            at_k = {domain: share[place] for domain, share in shares.items()}
+            for domain, share in at_k.items():
+                values[metric_key(split, catalog.domain_names[domain], f"coverage@{k}", protocol)] = share
+            macro = sum(at_k.values()) / len(at_k)
+            values[metric_key(split, "macro", f"coverage@{k}", protocol)] = macro
+    return values
+
+
+def _counts(ranks: pa.Table, repeated: Counter[int], catalog: Catalog) -> dict[str, DomainCounts]:
+    first = ranks.filter(pc.equal(ranks["protocol"], ranks["protocol"][0]))
+    cold = catalog.train_counts.cpu() == 0
+    counts = {}
+    for domain in sorted(repeated):
+        name = catalog.domain_names[domain]
+        rows = first.filter(pc.equal(first["domain"], name))
+        items = catalog.items_of(domain).cpu()
+        counts[name] = DomainCounts(
+            candidates=len(items),
+            cold_candidates=int(cold[items].sum()),
+            users=pc.count_distinct(rows["user"]).as_py(),
+            targets=len(rows),
+            cold_targets=int(cold[torch.tensor(rows["target"].to_pylist())].sum()),
+            repeated_targets=repeated[domain],
+        )
+    return counts

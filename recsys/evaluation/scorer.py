@@ -1,0 +1,56 @@
+"""Scores of a trained recommender: its last state times the item table, whatever precision it was trained in."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from recsys.types import NO_DOMAIN, PAD_ID, Batch, Recommender
+
+
+class DotScorer:
+    """`hidden · item` for the last position of every history.
+
+    The product runs in fp64 and is rounded once to fp32. bf16 scores tie the target with some item for most users;
+    and an fp32 product still depends in its last bits on the shape of the matrices and on whether TF32 is allowed.
+
+    A model's own forward pass depends on shapes in the same way, so it always sees `rows` histories (the last one
+    repeated) and, if `max_len` is given, left padding up to that length: then a row's scores do not depend on the
+    rows that share its batch. Dropout would make scores random: a module in training mode is refused.
+    """
+
+    def __init__(self, model: Recommender, max_len: int | None = None, rows: int = 256) -> None:
+        self.model = model
+        self.max_len = max_len
+        self.rows = rows
+
+    def scores(self, batch: Batch, items: Int[Tensor, " candidates"]) -> Float[Tensor, "batch candidates"]:
+        assert not (isinstance(self.model, nn.Module) and self.model.training), "call model.eval() before scoring"
+        table = self.model.item_embeddings()[items].double()
+        states = [self._last_hidden(batch, start) for start in range(0, len(batch.user), self.rows)]
+        with torch.autocast(table.device.type, enabled=False):
+            return torch.cat([(state @ table.T).float()[:count] for state, count in states])
+
+    def _last_hidden(self, batch: Batch, start: int) -> tuple[Float[Tensor, "rows d_model"], int]:
+        """The states of the rows from `start` on, in the fixed shape, and how many of them are real."""
+        count = min(self.rows, len(batch.user) - start)
+        index = torch.arange(start, start + self.rows, device=batch.user.device).clamp(max=start + count - 1)
+        chunk = batch.map(lambda tensor: tensor[index])
+        if self.max_len is not None:
+            chunk = _pad_left(chunk, self.max_len)
+        return self.model(chunk)[:, -1].double(), count
+
+
+def _pad_left(batch: Batch, length: int) -> Batch:
+    missing = length - batch.items.shape[1]
+    assert missing >= 0, f"histories of {batch.items.shape[1]} events for a model that takes {length}"
+    return replace(
+        batch,
+        items=F.pad(batch.items, (missing, 0), value=PAD_ID),
+        domains=F.pad(batch.domains, (missing, 0), value=NO_DOMAIN),
+        times=F.pad(batch.times, (missing, 0)),
+        targets=F.pad(batch.targets, (missing, 0), value=PAD_ID),
+        target_domains=F.pad(batch.target_domains, (missing, 0), value=NO_DOMAIN),
+    )

@@ -1,0 +1,154 @@
+"""An experiment, whole: seed, data, model, loss, optimizer, training, evaluation. Composition only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from recsys.data.batches import make_catalog
+from recsys.data.policies import PrepareOptions
+from recsys.data.prepare import load_prepared
+from recsys.data.schema import DataError
+from recsys.data.sequences import Sequences
+from recsys.data.split import LeaveOneOut, Split, SplitConfig, make_split
+from recsys.data.synthetic import SyntheticConfig
+from recsys.evaluation import EvalConfig
+from recsys.loading import Config, dump_yaml
+from recsys.losses import LossConfig
+from recsys.models import ItemKNNConfig, MarkovConfig, ModelConfig, PopularityConfig, count_parameters
+from recsys.negatives import NegativesConfig
+from recsys.optim import OptimConfig
+from recsys.results import fingerprint
+from recsys.types import Catalog
+
+
+class DatasetSource(Config):
+    """A dataset with a card in `data/cards`."""
+
+    name: Literal["dataset"] = "dataset"
+    dataset: str
+    """Name of the card, as `recsys data list` shows it."""
+    options: PrepareOptions | None = None
+    """Preparation other than the card's own."""
+
+
+class DataConfig(Config):
+    """Which events, how they are divided, and how much of a history a model sees."""
+
+    source: Annotated[DatasetSource | SyntheticConfig, Field(discriminator="name")]
+    split: SplitConfig = LeaveOneOut()
+    domain: str | None = None
+    """Only this domain's events, in histories and as targets; the split stays that of all domains."""
+    max_len: int = Field(50, ge=1)
+    """Most recent events of a history that a model sees; truncation comes after the split."""
+    windows: Literal["last", "all"] = "last"
+    """Train on the last `max_len` targets of a user, or on consecutive windows over the whole history."""
+
+
+class TrainerConfig(Config):
+    """The training loop."""
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=1)
+    """Users per step."""
+    validate_every: int = Field(1, ge=1)
+    """Epochs between validations."""
+    monitor: str = "validation/macro/ndcg@10"
+    """Validation metric that picks the checkpoint; larger is better."""
+    patience: int | None = Field(5, ge=1)
+    """Validations without a better value before training stops; null trains to the end."""
+    gradient_clip: float | None = Field(1.0, gt=0)
+    """Largest norm of the gradient; null leaves it."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensorboard: bool = False
+    """Also log for TensorBoard (needs the extra `tensorboard`)."""
+
+
+class Experiment(Config):
+    """One run. `cross: null` against `cross: {...}` in the model is the one key between baseline and treatment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Names the run's directory."""
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    model: ModelConfig
+    loss: LossConfig | None = None
+    """null for a model that counts instead of descending a gradient."""
+    negatives: NegativesConfig | None = None
+    """null for a loss over whole catalogues."""
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.counts and self.loss is not None:
+            raise ValueError(
+                f"loss: the model {self.model.name!r} counts and has no loss; remove the key or set it to null"
+            )
+        if not self.counts and self.loss is None:
+            raise ValueError(f"loss: this key is missing; the model {self.model.name!r} is trained by a loss")
+        needs = self.loss is not None and self.loss.needs_negatives
+        if needs and self.negatives is None:
+            assert self.loss is not None
+            raise ValueError(f"negatives: this key is missing; the loss {self.loss.name!r} draws negatives")
+        if not needs and self.negatives is not None:
+            raise ValueError("negatives: nothing here draws negatives; remove the key or set it to null")
+        return self
+
+    @property
+    def counts(self) -> bool:
+        """Whether the model counts training events instead of descending a gradient."""
+        return isinstance(self.model, PopularityConfig | MarkovConfig | ItemKNNConfig)
+
+    def yaml(self) -> str:
+        """The resolved experiment, every default written out."""
+        return dump_yaml(self)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The events of an experiment, divided."""
+
+    sequences: Sequences
+    split: Split
+    catalog: Catalog
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any event and any role."""
+        return fingerprint(self.sequences.fingerprint, self.split.hash)
+
+
+def load_data(config: DataConfig, data_root: Path | None) -> Data:
+    """The events of an experiment; a dataset whose raw files are there is prepared first.
+
+    Raises DataError with the command to run where a dataset is not there, or for an unknown domain.
+    """
+    match config.source:
+        case SyntheticConfig():
+            sequences = config.source.build()
+        case DatasetSource():
+            sequences, _ = load_prepared(config.source.dataset, data_root, config.source.options)
+    if config.domain is not None and config.domain not in sequences.domain_names:
+        raise DataError(
+            f"data.domain: there is no domain {config.domain!r}; one of {', '.join(sequences.domain_names)}"
+        )
+    split = make_split(sequences, config.split)
+    return Data(sequences, split, make_catalog(sequences, split))
+
+
+def build_model(experiment: Experiment, catalog: Catalog) -> nn.Module:
+    """The model before training; its weights are a function of the experiment's seed."""
+    generator = torch.Generator().manual_seed(experiment.seed)
+    return experiment.model.build(catalog, experiment.data.max_len, generator)
+
+
+def parameter_counts(experiment: Experiment, catalog: Catalog) -> dict[str, int]:
+    """Parameters by group and in total, counted on the meta device, without memory for the weights."""
+    with torch.device("meta"):
+        return count_parameters(experiment.model.build(catalog, experiment.data.max_len))

@@ -1,0 +1,459 @@
+"""Training losses: how well the state at each position tells the item that follows.
+
+A loss is called with the model's states, the item table, the batch and, where it needs them, a sampler of negatives.
+Positions without a target contribute nothing, a batch without any target gives a zero that can be differentiated,
+and whatever the precision of training, logits and losses are in fp32 (fp64 where an input is).
+"""
+
+import warnings
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from recsys.loading import Config
+from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, Draw, NegativeSampler
+
+
+class SoftmaxConfig(Config):
+    """Cross-entropy over every item of the target's domain, or of the whole catalogue."""
+
+    name: Literal["softmax"] = "softmax"
+    catalogue: Literal["domain", "all"] = "domain"
+    temperature: PositiveFloat = 1.0
+    chunk_positions: PositiveInt = 512
+    """Positions whose logits are held at once; memory and speed only."""
+
+    needs_negatives: ClassVar[bool] = False
+
+    def build(self, catalog: Catalog) -> "SoftmaxLoss":
+        return SoftmaxLoss(
+            catalog=catalog,
+            catalogue=self.catalogue,
+            temperature=self.temperature,
+            chunk_positions=self.chunk_positions,
+        )
+
+
+class SampledSoftmaxConfig(Config):
+    """Cross-entropy of the target among its negatives."""
+
+    name: Literal["sampled_softmax"] = "sampled_softmax"
+    temperature: PositiveFloat = 1.0
+    log_q: bool = True
+    """Subtract from each logit the log-probability with which the sampler draws the item."""
+
+    needs_negatives: ClassVar[bool] = True
+
+    def build(self, catalog: Catalog) -> "SampledSoftmaxLoss":
+        return SampledSoftmaxLoss(temperature=self.temperature, log_q=self.log_q)
+
+
+class BCEConfig(Config):
+    """Binary cross-entropy: the target is a yes, each negative a no."""
+
+    name: Literal["bce"] = "bce"
+
+    needs_negatives: ClassVar[bool] = True
+
+    def build(self, catalog: Catalog) -> "BinaryCrossEntropyLoss":
+        return BinaryCrossEntropyLoss(catalog=catalog, catalogue="all", calibration=0.0)
+
+
+class GBCEConfig(Config):
+    """Binary cross-entropy calibrated for the sampling rate (gSASRec)."""
+
+    name: Literal["gbce"] = "gbce"
+    t: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """0 is plain BCE; 1 makes the sigmoid of a logit the probability that full sampling would give."""
+    catalogue: Literal["domain", "all"] = "domain"
+    """The items that the negatives are drawn from, which the sampling rate is a share of."""
+
+    needs_negatives: ClassVar[bool] = True
+
+    def build(self, catalog: Catalog) -> "BinaryCrossEntropyLoss":
+        return BinaryCrossEntropyLoss(catalog=catalog, catalogue=self.catalogue, calibration=self.t)
+
+
+class InfoNCEConfig(Config):
+    """ABXI's loss: contrast with negatives of every domain at once, averaged per user and domain."""
+
+    name: Literal["infonce"] = "infonce"
+    temperature: PositiveFloat = 0.75
+
+    needs_negatives: ClassVar[bool] = True
+
+    def build(self, catalog: Catalog) -> "InfoNCELoss":
+        return InfoNCELoss(num_domains=catalog.num_domains, temperature=self.temperature)
+
+
+LossConfig = Annotated[
+    SoftmaxConfig | SampledSoftmaxConfig | BCEConfig | GBCEConfig | InfoNCEConfig, Field(discriminator="name")
+]
+
+
+class SoftmaxLoss(nn.Module):
+    """Mean over positions of -log softmax(hidden . table / temperature)[target].
+
+    The softmax runs over the items of the target's domain or over all items; padding is never one of them. The
+    logits of a step are never held whole: memory grows with chunk_positions x catalogue, not with the positions.
+    """
+
+    items: Tensor
+    item_pool: Tensor
+    row: Tensor
+
+    def __init__(
+        self, *, catalog: Catalog, catalogue: Literal["domain", "all"], temperature: float, chunk_positions: int
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.chunk_positions = chunk_positions
+        if catalogue == "domain":
+            pools = [catalog.items_of(domain) for domain in range(catalog.num_domains)]
+            item_pool, row = catalog.item_domain, catalog.local_index
+        else:
+            pools = [torch.nonzero(catalog.item_domain != NO_DOMAIN).flatten()]
+            item_pool = torch.zeros_like(catalog.item_domain)
+            row = torch.arange(catalog.num_items + 1, device=item_pool.device) - 1
+        self.pool_sizes = [len(pool) for pool in pools]
+        self.register_buffer("items", torch.cat(pools), persistent=False)
+        self.register_buffer("item_pool", item_pool, persistent=False)
+        self.register_buffer("row", row, persistent=False)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch length d_model"],
+        table: Float[Tensor, "items d_model"],
+        batch: Batch,
+        negatives: NegativeSampler | None,
+    ) -> Float[Tensor, ""]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            states, table, targets = _predictions(hidden, table, batch)
+            if not len(targets):
+                return _zero(states, table)
+            states = states / self.temperature
+            pool = self.item_pool[targets]
+            order = torch.argsort(pool, stable=True)
+            counts = torch.bincount(pool, minlength=len(self.pool_sizes)).tolist()
+            parts = zip(
+                self.items.split(self.pool_sizes),
+                states.index_select(0, order).split(counts),
+                self.row[targets[order]].split(counts),
+                strict=True,
+            )
+            totals = [
+                chunked_cross_entropy(part, table.index_select(0, items), rows, self.chunk_positions)
+                for items, part, rows in parts
+                if len(rows)
+            ]
+            return torch.stack(totals).sum() / len(targets)
+
+
+class SampledSoftmaxLoss(nn.Module):
+    """Mean over positions of the cross-entropy of the target among target and negatives.
+
+    With `log_q` the logits are s(i) - log q(i), for the target too (Bengio & Senecal 2008; Yi et al., RecSys 2019):
+    the number of draws is a constant that cancels. Negatives that equal the target get -inf.
+    """
+
+    def __init__(self, *, temperature: float, log_q: bool) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.log_q = log_q
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch length d_model"],
+        table: Float[Tensor, "items d_model"],
+        batch: Batch,
+        negatives: NegativeSampler | None,
+    ) -> Float[Tensor, ""]:
+        assert negatives is not None, "sampled_softmax needs a sampler of negatives"
+        with torch.autocast(hidden.device.type, enabled=False):
+            states, table, targets = _predictions(hidden, table, batch)
+            if not len(targets):
+                return _zero(states, table)
+            draw = negatives.draw(targets)
+            logits = _logits(states / self.temperature, table, targets, draw)
+            return _contrast(logits, targets, draw, log_q=self.log_q).mean()
+
+
+class BinaryCrossEntropyLoss(nn.Module):
+    """Mean over positions of -[beta log sigmoid(s+) + sum_k log(1 - sigmoid(s-_k))] / (1 + K).
+
+    gBCE (Petrov & Macdonald, RecSys 2023): beta = alpha (t (1 - 1/alpha) + 1/alpha) = 1 - t (1 - alpha),
+    where t is `calibration` and alpha = draws / (items - 1) is the sampling rate: the number of draws at the position
+    over the items that could be its negative, in the target's domain or in all, and at most 1. As
+    log(sigmoid(s)^beta) = beta log sigmoid(s), the weight is exact in any precision. t = 0 gives beta = 1, plain BCE.
+
+    K counts the negatives that are left where those that equal the target are masked.
+    """
+
+    item_rivals: Tensor
+
+    def __init__(self, *, catalog: Catalog, catalogue: Literal["domain", "all"], calibration: float) -> None:
+        super().__init__()
+        self.calibration = calibration
+        items = [
+            len(catalog.items_of(domain)) if catalogue == "domain" else catalog.num_items
+            for domain in range(catalog.num_domains)
+        ]
+        rivals = torch.tensor(items, device=catalog.item_domain.device).sub(1).clamp(min=1)
+        self.register_buffer("item_rivals", rivals[catalog.item_domain], persistent=False)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch length d_model"],
+        table: Float[Tensor, "items d_model"],
+        batch: Batch,
+        negatives: NegativeSampler | None,
+    ) -> Float[Tensor, ""]:
+        assert negatives is not None, "bce and gbce need a sampler of negatives"
+        with torch.autocast(hidden.device.type, enabled=False):
+            states, table, targets = _predictions(hidden, table, batch)
+            if not len(targets):
+                return _zero(states, table)
+            draw = negatives.draw(targets)
+            alpha = (draw.log_q > -torch.inf).sum(1).double() / self.item_rivals[targets]
+            beta = 1 - self.calibration * (1 - alpha.clamp(max=1))
+            logits = _logits(states, table, targets, draw)
+            left = ~_masked(targets, draw)
+            yes = beta.to(logits.dtype) * F.logsigmoid(logits[:, 0])
+            no = F.logsigmoid(-logits[:, 1:]).where(left, 0).sum(1)
+            return -((yes + no) / (1 + left.sum(1))).mean()
+
+
+class InfoNCELoss(nn.Module):
+    """ABXI's loss (WWW 2025): sum over domains of the mean over users of the mean over the user's positions whose
+    target is of that domain of -log softmax(s / temperature)[target], the softmax running over the target and all
+    its negatives (of both domains, with the sampler's scope `each_domain`).
+
+    A user is a row of the batch, and counts in a domain's mean where they have a target of that domain; ABXI counts
+    all users, which is the same where all have one. Negatives that equal the target are masked; other items of the
+    user's history are not.
+    """
+
+    def __init__(self, *, num_domains: int, temperature: float) -> None:
+        super().__init__()
+        self.num_domains = num_domains
+        self.temperature = temperature
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch length d_model"],
+        table: Float[Tensor, "items d_model"],
+        batch: Batch,
+        negatives: NegativeSampler | None,
+    ) -> Float[Tensor, ""]:
+        assert negatives is not None, "infonce needs a sampler of negatives"
+        with torch.autocast(hidden.device.type, enabled=False):
+            states, table, targets = _predictions(hidden, table, batch)
+            if not len(targets):
+                return _zero(states, table)
+            draw = negatives.draw(targets)
+            logits = _logits(states / self.temperature, table, targets, draw)
+            losses = _contrast(logits, targets, draw, log_q=False)
+            asked = batch.targets != PAD_ID
+            users, domains = asked.nonzero()[:, 0], batch.target_domains[asked]
+            cell = users * self.num_domains + domains
+            positions = torch.bincount(cell, minlength=len(asked) * self.num_domains)
+            users_of_domain = (positions.view(-1, self.num_domains) > 0).sum(0)
+            return (losses / (positions[cell] * users_of_domain[domains])).sum()
+
+
+def _predictions(
+    hidden: Float[Tensor, "batch length d_model"], table: Float[Tensor, "items d_model"], batch: Batch
+) -> tuple[Float[Tensor, "positions d_model"], Float[Tensor, "items d_model"], Int[Tensor, " positions"]]:
+    """States and targets where something is predicted; both float inputs in the same, at least single, precision."""
+    precision = torch.promote_types(torch.promote_types(hidden.dtype, table.dtype), torch.float32)
+    where = (batch.targets != PAD_ID).flatten().nonzero().flatten()
+    states = hidden.flatten(0, 1).index_select(0, where)
+    return states.to(precision), table.to(precision), batch.targets.flatten()[where]
+
+
+def _zero(states: Float[Tensor, "positions d_model"], table: Float[Tensor, "items d_model"]) -> Float[Tensor, ""]:
+    """0 that depends on both, so that a step without any target can be differentiated; not even NaN gets in."""
+    return states[:0].sum() + table[:0].sum()
+
+
+def _logits(
+    states: Float[Tensor, "positions d_model"],
+    table: Float[Tensor, "items d_model"],
+    targets: Int[Tensor, " positions"],
+    draw: Draw,
+) -> Float[Tensor, "positions candidates"]:
+    """Scores of the target (column 0) and of the draws."""
+    if len(draw.items) == 1:
+        target = (states * table.index_select(0, targets)).sum(1, keepdim=True)
+        return torch.cat([target, states @ table.index_select(0, draw.items[0]).t()], dim=1)
+    return sampled_logits(states, table, torch.cat([targets[:, None], draw.items], dim=1))
+
+
+def _masked(targets: Int[Tensor, " positions"], draw: Draw) -> Bool[Tensor, "positions negatives"]:
+    """Draws that are no negative of the position: its own target, or barred by the sampler."""
+    return (draw.items == targets[:, None]) | (draw.log_q == -torch.inf)
+
+
+def _contrast(
+    logits: Float[Tensor, "positions candidates"], targets: Int[Tensor, " positions"], draw: Draw, *, log_q: bool
+) -> Float[Tensor, " positions"]:
+    """-log softmax at column 0, corrected for the sampler if asked; with every negative masked it is 0."""
+    if log_q:
+        bias = torch.cat([draw.target_log_q[:, None], draw.log_q.expand(len(targets), -1)], dim=1).to(logits.dtype)
+    else:
+        bias = torch.zeros_like(logits)
+    bias[:, 1:].masked_fill_(_masked(targets, draw), torch.inf)
+    return F.cross_entropy(logits - bias, torch.zeros_like(targets), reduction="none")
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "positions d_model"],
+    weight: Float[Tensor, "candidates d_model"],
+    targets: Int[Tensor, " positions"],
+    chunk_positions: int,
+) -> Float[Tensor, ""]:
+    """Sum over positions of the cross-entropy of hidden . weight^T; `targets` are rows of `weight`.
+
+    Gradients are made together with the loss, chunk by chunk in one buffer, so neither the logits nor their
+    gradient are ever held whole and nothing is computed twice.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_positions, torch.is_grad_enabled())
+
+
+class _ChunkedCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_positions: int, differentiated: bool
+    ) -> Tensor:
+        # needs_input_grad alone would make gradients under torch.no_grad too.
+        d_hidden = torch.empty_like(hidden) if differentiated and ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if differentiated and ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros(())
+        # One buffer for all chunks: freshly allocated logits cost half as much again, in page faults.
+        buffer = hidden.new_empty(min(chunk_positions, len(hidden)), len(weight))
+        for start in range(0, len(hidden), chunk_positions):
+            chunk = slice(start, start + chunk_positions)
+            states, target = hidden[chunk], targets[chunk, None]
+            logits = torch.mm(states, weight.t(), out=buffer[: len(states)])
+            logits -= logits.amax(1, keepdim=True)
+            target_logit = logits.gather(1, target)
+            unnormalised = logits.exp_()
+            norm = unnormalised.sum(1, keepdim=True)
+            total += (norm.log() - target_logit).sum()
+            # The gradient of the logits is (unnormalised - norm at the target) / norm; dividing the small side of
+            # each product saves a pass over the buffer.
+            unnormalised.scatter_add_(1, target, -norm)
+            if d_hidden is not None:
+                torch.mm(unnormalised, weight, out=d_hidden[chunk])
+                d_hidden[chunk] /= norm
+            if d_weight is not None:
+                d_weight.addmm_(unnormalised.t(), states / norm)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else grad * d_hidden,
+            None if d_weight is None else grad * d_weight,
+            None,
+            None,
+            None,
+        )
+
+
+def sampled_logits(
+    hidden: Float[Tensor, "positions d_model"],
+    table: Float[Tensor, "items d_model"],
+    items: Int[Tensor, "positions candidates"],
+) -> Float[Tensor, "positions candidates"]:
+    """hidden[p] . table[items[p, c]], without a tensor of positions x candidates x d_model.
+
+    An item may stand in a row more than once, in any order.
+    """
+    return _SampledLogits.apply(hidden, table, items)
+
+
+class _SampledLogits(Function):
+    """On CPU a sampled dense-dense product (the items are a CSR matrix's pattern), elsewhere gathered by chunks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, items: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, table, items)
+        if _sparse_applies(hidden, table, items):
+            pattern = _rows_to_csr(items, hidden.new_zeros(items.numel()), num_columns=len(table))
+            return torch.sparse.sampled_addmm(pattern, hidden, table.t(), beta=0.0).values().view_as(items)
+        logits = hidden.new_empty(items.shape)
+        for chunk in _gather_chunks(items, hidden.shape[1]):
+            logits[chunk] = torch.bmm(table[items[chunk]], hidden[chunk, :, None])[:, :, 0]
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, table, items = ctx.saved_tensors
+        wants_hidden, wants_table, _ = ctx.needs_input_grad
+        d_hidden = d_table = None
+        if _sparse_applies(hidden, table, items):
+            values = grad.flatten()
+            if wants_hidden:
+                d_hidden = _rows_to_csr(items, values, num_columns=len(table)) @ table
+            if wants_table:
+                d_table = _columns_to_csr(items, values, num_columns=len(table)) @ hidden
+            return d_hidden, d_table, None
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_table = torch.zeros_like(table) if wants_table else None
+        for chunk in _gather_chunks(items, hidden.shape[1]):
+            if d_hidden is not None:
+                d_hidden[chunk] = torch.bmm(grad[chunk, None], table[items[chunk]])[:, 0]
+            if d_table is not None:
+                outer = grad[chunk, :, None] * hidden[chunk, None]
+                d_table.index_add_(0, items[chunk].flatten(), outer.flatten(0, 1))
+        return d_hidden, d_table, None
+
+
+def _sparse_applies(hidden: Tensor, table: Tensor, items: Tensor) -> bool:
+    """Whether the CPU's sparse kernels can be used: they come with MKL, in two precisions, with 32-bit indices, and
+    refuse a pattern of more entries than the matrix has."""
+    return (
+        hidden.device.type == "cpu"
+        and torch.backends.mkl.is_available()
+        and hidden.dtype in (torch.float32, torch.float64)
+        and items.shape[1] <= len(table)
+        and items.numel() < 2**31
+    )
+
+
+def _gather_chunks(items: Tensor, d_model: int) -> list[slice]:
+    """Slices of positions whose gathered vectors are small enough for a cache."""
+    step = max(1, 2**22 // (items.shape[1] * d_model))
+    return [slice(start, start + step) for start in range(0, len(items), step)]
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        # Invariants unchecked: repeated and unsorted columns break them, while products just add the entries up.
+        return torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape, check_invariants=False)
+
+
+def _rows_to_csr(items: Tensor, values: Tensor, *, num_columns: int) -> Tensor:
+    """The positions x items matrix with one entry per element of `items`."""
+    starts = torch.arange(len(items) + 1) * items.shape[1]
+    return _csr(starts, items.flatten(), values, (len(items), num_columns))
+
+
+def _columns_to_csr(items: Tensor, values: Tensor, *, num_columns: int) -> Tensor:
+    """Its transpose. Sorting the entries costs less than the library's product with a transposed matrix."""
+    columns = items.flatten().int()
+    order = torch.argsort(columns, stable=True)
+    starts = F.pad(torch.bincount(columns, minlength=num_columns).cumsum(0), (1, 0))
+    return _csr(starts, order // items.shape[1], values[order], (num_columns, len(items)))

@@ -1,0 +1,26 @@
+"""Recommenders: each file holds a config and its module; the union of the configs is the list of models."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from recsys.models.count import count_parameters
+from recsys.models.cross_domain import CrossDomainConfig
+from recsys.models.item_knn import ItemKNNConfig
+from recsys.models.markov import MarkovConfig
+from recsys.models.popularity import PopularityConfig
+from recsys.models.sasrec import SASRecConfig
+
+ModelConfig = Annotated[
+    PopularityConfig | MarkovConfig | ItemKNNConfig | SASRecConfig | CrossDomainConfig, Field(discriminator="name")
+]
+
+__all__ = [
+    "CrossDomainConfig",
+    "ItemKNNConfig",
+    "MarkovConfig",
+    "ModelConfig",
+    "PopularityConfig",
+    "SASRecConfig",
+    "count_parameters",
+]

@@ -1,0 +1,172 @@
+"""Attention with masks that may leave a query nothing to look at, and the gated cross-attention between domains."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from recsys.loading import Config
+
+
+class MultiHeadAttention(nn.Module):
+    """Softmax attention with out-projection; a query that may attend to nothing gets exact zeros."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        assert d_model % num_heads == 0
+        self.num_heads = num_heads
+        self.query = nn.Linear(d_model, d_model)
+        self.key_value = nn.Linear(d_model, 2 * d_model)
+        self.output = nn.Linear(d_model, d_model)
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch length d_model"],
+        context: Float[Tensor, "batch context d_model"],
+        mask: Bool[Tensor, "batch length context"],
+    ) -> Float[Tensor, "batch length d_model"]:
+        q = self._split(self.query(query))
+        k, v = (self._split(part) for part in self.key_value(context).chunk(2, dim=-1))
+        # A softmax over nothing is NaN, forward or backward, depending on the kernel. Such a row looks everywhere
+        # instead, and its result is thrown away after the out-projection, whose bias it must not keep either.
+        empty = ~mask.any(dim=-1, keepdim=True)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | empty)[:, None])
+        output = self.output(attended.transpose(1, 2).flatten(2))
+        return output.masked_fill(empty, 0)
+
+    def _split(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch heads length width"]:
+        return x.unflatten(-1, (self.num_heads, x.shape[-1] // self.num_heads)).transpose(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """What a stream X (the query) reads from the other domains' states Y (the context): X'.
+
+    X' is taken after the out-projection and before gate and residual. A probe hooks this module: the query stream
+    enters as the first positional argument, before its LayerNorm.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, layer_norm: bool) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
+        self.context_norm = nn.LayerNorm(d_model) if layer_norm else nn.Identity()
+        self.heads = MultiHeadAttention(d_model, num_heads)
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch length d_model"],
+        context: Float[Tensor, "batch context d_model"],
+        mask: Bool[Tensor, "batch length context"],
+    ) -> Float[Tensor, "batch length d_model"]:
+        """`mask` is True where the query may attend; a query that may attend to nothing gets exact zeros."""
+        return self.heads(self.query_norm(query), self.context_norm(context), mask)
+
+
+class ElementwiseGate(nn.Module):
+    """g = activation(FFN([X; X'])), one value per coordinate; the FFN is 2d -> 4d -> d, with GELU between.
+
+    With weights near zero a sigmoid starts near 1/2 and a tanh near 0.
+    """
+
+    def __init__(self, d_model: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.feed_forward = nn.Sequential(
+            nn.Linear(2 * d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model)
+        )
+        self.activation = activation
+
+    def forward(
+        self, query: Float[Tensor, "batch length d_model"], output: Float[Tensor, "batch length d_model"]
+    ) -> Float[Tensor, "batch length d_model"]:
+        return self.activation(self.feed_forward(torch.cat([query, output], dim=-1)))
+
+
+class ScalarGate(nn.Module):
+    """g = tanh(alpha), one learned number that starts at 0, so that training starts at "no exchange" (Flamingo)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self, query: Float[Tensor, "batch length d_model"], output: Float[Tensor, "batch length d_model"]
+    ) -> Float[Tensor, "batch length d_model"]:
+        return torch.tanh(self.alpha).expand_as(output)
+
+
+class OpenGate(nn.Module):
+    """g = 1: the plain residual. A module all the same, so that the gate is a probe site whatever its kind."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+
+    def forward(
+        self, query: Float[Tensor, "batch length d_model"], output: Float[Tensor, "batch length d_model"]
+    ) -> Float[Tensor, "batch length d_model"]:
+        return torch.ones_like(output)
+
+
+GateKind = Literal["sigmoid", "tanh", "scalar", "none"]
+
+_GATES: dict[GateKind, Callable[[int], nn.Module]] = {
+    "sigmoid": partial(ElementwiseGate, activation=torch.sigmoid),
+    "tanh": partial(ElementwiseGate, activation=torch.tanh),
+    "scalar": ScalarGate,
+    "none": OpenGate,
+}
+
+
+class GatedCrossAttention(nn.Module):
+    """One unit of exchange: X + g * X' with X' = CrossAttention(X, Y) and g = gate(X, X').
+
+    Every quantity is the input or output of a module, so a hook from outside can see it and replace it: X enters
+    `attention` (and this module), X' leaves `attention`, g leaves `gate`, the update that is added (g * X', after
+    dropout) passes through `update`, and the result leaves this module.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, gate: GateKind, layer_norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.attention = CrossAttention(d_model, num_heads, layer_norm)
+        self.gate = _GATES[gate](d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.update = nn.Identity()
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch length d_model"],
+        context: Float[Tensor, "batch context d_model"],
+        mask: Bool[Tensor, "batch length context"],
+    ) -> Float[Tensor, "batch length d_model"]:
+        output = self.attention(query, context, mask)
+        return query + self.update(self.dropout(self.gate(query, output) * output))
+
+
+class CrossConfig(Config):
+    """The exchange between the domains of a host model: which unit, how many, and where."""
+
+    gate: GateKind = "sigmoid"
+    layer_norm: bool = True
+    """LayerNorm on query and context inside the attention."""
+    placement: Literal["early", "stack"] = "early"
+    """`early`: all units in sequence between the embeddings and the first encoder block; `stack`: one unit after
+    each of the first `num_units` encoder blocks."""
+    num_units: Annotated[int, Field(ge=1)] = 1
+    """Units on the way of each domain; every domain has its own."""
+    num_heads: Annotated[int, Field(ge=1)] = 2
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+    def build(self, d_model: int) -> GatedCrossAttention:
+        """One unit for one domain."""
+        return GatedCrossAttention(d_model, self.num_heads, self.gate, self.layer_norm, self.dropout)
+
+
+def check_heads(d_model: int, num_heads: int, key: str = "num_heads") -> None:
+    """Raises ValueError, naming the key, unless the heads divide the width."""
+    if d_model % num_heads:
+        fitting = [heads for heads in range(1, d_model + 1) if d_model % heads == 0]
+        nearest = min(fitting, key=lambda heads: abs(heads - num_heads))
+        raise ValueError(f"{key} = {num_heads} does not divide d_model = {d_model}; {nearest} does")

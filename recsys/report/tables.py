@@ -1,0 +1,127 @@
+"""Tables of runs: for the terminal, for a README, for a paper."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+
+from recsys.evaluation import Comparison
+from recsys.evaluation.metrics import metric_key
+
+COLUMNS = ("hr@10", "ndcg@10", "mrr", "auc")
+"""The metrics of a run's own table."""
+
+Format = Literal["markdown", "latex", "csv"]
+
+
+def interval_text(interval: dict[str, Any] | None) -> str:
+    """`value [low–high]`, or a dash where there is none."""
+    if interval is None:
+        return "–"
+    return f"{interval['value']:.4f} [{interval['low']:.4f}–{interval['high']:.4f}]"
+
+
+def run_tables(
+    metrics: dict[str, dict[str, Any]], domains: Sequence[str], protocols: Sequence[str], stage: str = "test"
+) -> Iterator[Table]:
+    """One run: a table per protocol with a row per domain and one for their mean, with 95 % intervals over users."""
+    for protocol in protocols:
+        table = _table(f"{stage}, protocol {protocol}, 95 % bootstrap intervals over users")
+        table.add_column("domain")
+        table.add_column("users", justify="right")
+        for metric in COLUMNS:
+            table.add_column(metric.upper(), justify="right")
+        present = [d for d in domains if metric_key(stage, d, COLUMNS[0], protocol) in metrics]
+        for group in [*present, *(["macro"] if len(present) > 1 else [])]:
+            found = [metrics.get(metric_key(stage, group, metric, protocol)) for metric in COLUMNS]
+            users = next(interval["n"] for interval in found if interval is not None)
+            table.add_row(group, f"{users:,}", *map(interval_text, found), end_section=group == present[-1])
+        yield table
+
+
+def comparison_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]:
+    """One table per treatment: differences to the baseline with their intervals, effect sizes and p-values."""
+    for treatment in dict.fromkeys(comparison.treatment for comparison in comparisons):
+        chosen = [comparison for comparison in comparisons if comparison.treatment == treatment]
+        table = _table(f"{treatment} against {chosen[0].baseline}; p-values with Holm's correction over all rows shown")
+        table.add_column("metric")
+        for column in ("users", "baseline", "treatment", "difference [95 %]", "relative", "d_z", "p perm.", "p Wilc."):
+            table.add_column(column, justify="right")
+        for c in chosen:
+            difference = f"{c.difference.value:+.4f} [{c.difference.low:+.4f}, {c.difference.high:+.4f}]"
+            relative = "–" if c.relative is None else f"{100 * c.relative:+.1f} %"
+            effect = "–" if c.effect_size is None else f"{c.effect_size:+.3f}"
+            table.add_row(
+                c.key,
+                f"{c.difference.n:,}",
+                f"{c.baseline_value:.4f}",
+                f"{c.treatment_value:.4f}",
+                difference,
+                relative,
+                effect,
+                f"{c.p_permutation_holm:.4f}",
+                f"{c.p_wilcoxon_holm:.4f}",
+            )
+        yield table
+
+
+def results_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str = "test") -> pd.DataFrame:
+    """One row per run and one column per metric and domain, as text with intervals; `values` as `results.load` gives.
+
+    Empty where no run has such a number.
+    """
+    rows = []
+    for run, group in values.groupby("run", sort=False):
+        found: dict[str, Any] = {record["key"]: record for record in group.to_dict("records")}
+        groups = dict.fromkeys(key.split("/")[1] for key in found)
+        cells = {
+            f"{metric.upper()} {name}": interval_text(found[key])
+            for metric in metrics
+            for name in groups
+            if name != "micro" and (key := metric_key(stage, name, metric, protocol)) in found
+        }
+        if cells:
+            about = {"run": run, "seed": str(group["seed"].iloc[0]), "parameters": f"{group['parameters'].iloc[0]:,}"}
+            rows.append(about | cells)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def rich_table(frame: pd.DataFrame) -> Table:
+    table = _table(None)
+    for column in frame.columns:
+        table.add_column(str(column), justify="left" if column == "run" else "right")
+    for row in frame.itertuples(index=False):
+        table.add_row(*row)
+    return table
+
+
+def render(frame: pd.DataFrame, form: Format) -> str:
+    """The table as text of another format."""
+    return _WRITERS[form](frame)
+
+
+def _table(title: str | None) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    signs = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "–": "--"})
+    head, *body = (
+        " & ".join(text.translate(signs) for text in line) + r" \\" for line in [list(frame.columns), *frame.to_numpy()]
+    )
+    lines = [rf"\begin{{tabular}}{{l{'r' * (frame.shape[1] - 1)}}}", r"\toprule", head, r"\midrule", *body]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    return str(frame.to_csv(index=False))
+
+
+_WRITERS: dict[Format, Callable[[pd.DataFrame], str]] = {"markdown": _markdown, "latex": _latex, "csv": _csv}

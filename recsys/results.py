@@ -1,0 +1,176 @@
+"""A run is one directory: what is in it, in which state it is, and many of them as one table."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+State = Literal["new", "partial", "done", "failed"]
+
+
+class RunError(Exception):
+    """A run directory that cannot be used as asked; the message says what would do."""
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp keeps files to their owner
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all; a NaN is an error, because a failure is never a number."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def fingerprint(*parts: str) -> str:
+    """SHA-256 over texts, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run. Its name ends with the hash of the resolved config and the data."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, runs_dir: Path, name: str, config: str, data: str) -> "RunDirectory":
+        """The directory that belongs to a resolved config (as YAML) and a data fingerprint."""
+        return cls(runs_dir / f"{name}-{fingerprint(config, data)[:10]}")
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """An existing run. Raises RunError where there is none."""
+        if not (path / "config.yaml").is_file():
+            raise RunError(f"{path} is not a run directory (it has no config.yaml); runs are made by `recsys train`")
+        return cls(path)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final.json"
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / "ranks.parquet"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.ckpt"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.ckpt"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "curve.png"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE"
+
+    @property
+    def failed(self) -> Path:
+        return self.path / "FAILED"
+
+    @property
+    def state(self) -> State:
+        if self.done.exists():
+            return "done"
+        if self.failed.exists():
+            return "failed"
+        return "partial" if self.last.exists() else "new"
+
+    def clear(self) -> None:
+        """Forget the run. Only the files of a run are removed, whatever else lies in the directory stays."""
+        for path in (self.done, self.failed, self.final, self.ranks, self.best, self.last, self.log, self.curve):
+            path.unlink(missing_ok=True)
+
+    def failure(self) -> str:
+        """The last line of the traceback of a failed run."""
+        lines = self.failed.read_text().strip().splitlines()
+        return lines[-1] if lines else "no reason was recorded"
+
+    def read_final(self) -> dict[str, Any]:
+        """The numbers of a finished run. Raises RunError where it is not finished."""
+        if self.state != "done":
+            raise RunError(f"{self.path} is not finished (it is {self.state}); train it to its end first")
+        return json.loads(self.final.read_text())
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """One record per epoch; a line cut short by a crash is left out."""
+        records = []
+        if self.log.exists():
+            for line in self.log.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    records.append(json.loads(line))
+        return records
+
+
+def find_runs(paths: Iterable[Path]) -> list[RunDirectory]:
+    """The runs at or directly below each path, sorted by name."""
+    found = []
+    for path in paths:
+        if (path / "config.yaml").is_file():
+            found.append(RunDirectory(path))
+        elif path.is_dir():
+            found.extend(RunDirectory(config.parent) for config in sorted(path.glob("*/config.yaml")))
+        else:
+            raise RunError(f"there is no run directory {path}")
+    return found
+
+
+def load(runs: Iterable[RunDirectory]) -> pd.DataFrame:
+    """One row per finished run and metric: run, name, seed, parameters, key, value, low, high, n.
+
+    Runs that are not finished have no row: a failure is never a number.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        if run.state != "done":
+            continue
+        final = run.read_final()
+        about: dict[str, Any] = {"run": run.path.name, "name": final["name"], "seed": final["seed"]}
+        about["parameters"] = final["parameters"]["total"]
+        rows.extend({**about, "key": key, **interval} for key, interval in final["metrics"].items())
+    return pd.DataFrame(rows, columns=["run", "name", "seed", "parameters", "key", "value", "low", "high", "n"])

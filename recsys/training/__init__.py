@@ -1,0 +1,1 @@
+"""Training: the one LightningModule, its callbacks, and a run from config to numbers."""

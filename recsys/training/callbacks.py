@@ -1,0 +1,123 @@
+"""What happens beside the steps: the progress bar and the log of epochs."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from recsys.results import write_text
+
+
+class EpochLog(pl.Callback):
+    """One JSON record per epoch in `metrics.jsonl`: epoch, step, learning rate, mean loss, validation metrics, speed.
+
+    A resumed run drops the records that are later than its checkpoint, so no epoch stands there twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # a line cut short by a crash
+                    continue
+                if record["step"] <= trainer.global_step:
+                    kept.append(line)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        record: dict[str, Any] = {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "seconds": round(time.perf_counter() - self._started, 3),
+        }
+        record |= {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
+        with self.path.open("a") as log:
+            log.write(json.dumps(record) + "\n")
+
+
+class EpochProgress(pl.Callback):
+    """A bar over the steps of an epoch, and a line per epoch that stays."""
+
+    def __init__(self, console: Console, monitor: str) -> None:
+        self.console = console
+        self.monitor = monitor
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = 0.0
+        self._best = float("-inf")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", loss="")
+        self._progress.start()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+        if self._progress is not None and self._task is not None:
+            description = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self._progress.reset(self._task, description=description, total=trainer.num_training_batches)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._progress is None or self._task is None:
+            return
+        if batch_idx % 20 == 0:  # reading the loss waits for the device
+            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+            text = f"loss {float(loss):.4f}" if isinstance(loss, Tensor) else ""
+            self._progress.update(self._task, loss=text)
+        self._progress.advance(self._task)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {float(metrics['train/loss']):8.4f}"
+        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            value = float(metrics[self.monitor])
+            better = value > self._best
+            self._best = max(self._best, value)
+            line += f"  {self.monitor} {value:.4f}{' *' if better else '  '}"
+        line += f"  {time.perf_counter() - self._started:6.1f} s"
+        self.console.print(line, highlight=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

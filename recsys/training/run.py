@@ -1,0 +1,307 @@
+"""A run: from an experiment to a directory with its numbers, and from such a directory back to its model."""
+
+import contextlib
+import logging
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow.parquet as pq
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from rich.console import Console
+from torch import nn
+
+from recsys.data.batches import EvalBatches, TrainBatches, streams
+from recsys.data.split import split_report
+from recsys.evaluation import DotScorer, EvalConfig, Evaluation, RanksInfo, evaluate, summarize
+from recsys.evaluation.ranks import Split
+from recsys.evaluation.running import RankingMetrics
+from recsys.experiment import Data, Experiment, TrainerConfig, build_model, load_data
+from recsys.loading import load_yaml
+from recsys.models import count_parameters
+from recsys.results import RunDirectory, RunError, atomic, fingerprint, write_json, write_text
+from recsys.training.callbacks import EpochLog, EpochProgress
+from recsys.training.curve import draw_curve
+from recsys.training.environment import describe_environment
+from recsys.training.module import SequentialModule
+from recsys.types import Recommender, Scorer
+
+
+def train(
+    experiment: Experiment,
+    data: Data,
+    runs_dir: Path,
+    console: Console,
+    *,
+    retry: bool = False,
+    overwrite: bool = False,
+) -> RunDirectory:
+    """Train, let validation pick the checkpoint, rank the test targets once, and write everything down.
+
+    A finished run is returned as it is, a partial one goes on from its last checkpoint, a failed one is run again
+    only with `retry`; `overwrite` starts from nothing. A failure leaves its traceback in `FAILED`.
+    """
+    run = RunDirectory.of(runs_dir, experiment.name, experiment.yaml(), data.fingerprint)
+    if overwrite:
+        run.clear()
+    match run.state:
+        case "done":
+            console.print(f"{run.path} is done; --overwrite runs it again", highlight=False)
+            return run
+        case "failed" if not retry:
+            raise RunError(f"{run.path} failed earlier: {run.failure()} (see {run.failed}); --retry runs it again")
+        case "partial":
+            console.print(f"{run.path} was cut off and goes on from its last checkpoint", highlight=False)
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.failed.unlink(missing_ok=True)
+    write_text(run.config, experiment.yaml())
+    try:
+        _train(experiment, data, run, console)
+    except Exception:
+        with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+            write_text(run.failed, traceback.format_exc())
+        raise
+    return run
+
+
+def open_run(path: Path, data_root: Path | None) -> tuple[RunDirectory, Experiment, Data, nn.Module]:
+    """A finished run again: its experiment, its data, and its model with the weights of the best checkpoint.
+
+    Raises RunError where the checkpoint is of another config, or the data are not those of the run.
+    """
+    run = RunDirectory.open(path)
+    experiment = load_yaml(run.config, Experiment)
+    data = load_data(experiment.data, data_root)
+    expected = run.read_final()["data"]["fingerprint"]
+    if expected != data.fingerprint:
+        raise RunError(
+            f"{path} was made on other data: fingerprint {expected[:12]}, here it is {data.fingerprint[:12]}"
+        )
+    model = build_model(experiment, data.catalog)
+    load_weights(model, run.best, experiment)
+    return run, experiment, data, model
+
+
+def load_weights(model: nn.Module, checkpoint: Path, experiment: Experiment) -> None:
+    """The weights of a checkpoint, safely. Raises RunError where it is missing, damaged, or of another config."""
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights, config = content["state_dict"], content["config"]
+    except FileNotFoundError:
+        raise RunError(f"there is no checkpoint {checkpoint}; train the run with --overwrite") from None
+    except Exception as error:
+        raise RunError(f"{checkpoint} is not a checkpoint that can be read: {error}; train with --overwrite") from None
+    if config != fingerprint(experiment.yaml()):
+        raise RunError(f"{checkpoint} belongs to another config than the config.yaml beside it; train with --overwrite")
+    prefix = "model."
+    model.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
+
+
+def evaluate_model(
+    model: nn.Module, experiment: Experiment, data: Data, config: EvalConfig, stage: Split, device: torch.device
+) -> Evaluation:
+    """Ranks of a stage's targets under the protocols of `config`."""
+    model = model.to(device).eval()
+    if experiment.counts:
+        scorer = cast("Scorer", model)
+    else:
+        scorer = DotScorer(cast("Recommender", model), experiment.data.max_len)
+    return evaluate(
+        scorer,
+        eval_batches(experiment, data, config, stage, device),
+        data.catalog.to(device),
+        config,
+        split=stage,
+        split_hash=data.split.hash,
+    )
+
+
+def eval_batches(
+    experiment: Experiment, data: Data, config: EvalConfig, stage: Split, device: torch.device
+) -> EvalBatches:
+    return EvalBatches(
+        data.sequences,
+        data.split,
+        stage,
+        max_len=experiment.data.max_len,
+        batch_size=config.batch_size,
+        device=device,
+        domain=experiment.data.domain,
+    )
+
+
+def report(evaluation: Evaluation, config: EvalConfig) -> dict[str, Any]:
+    """An evaluation as it stands in `final.json`: protocols, counts, and every metric with its interval."""
+    return {
+        "evaluation": config.model_dump(mode="json") | asdict(RanksInfo.of(evaluation.ranks)),
+        "counts": {domain: asdict(counts) for domain, counts in evaluation.counts.items()},
+        "metrics": {key: asdict(interval) for key, interval in summarize(evaluation.ranks, config).items()},
+        "coverage": evaluation.coverage,
+    }
+
+
+def choose_device(trainer: TrainerConfig) -> torch.device:
+    """The device of a run. Raises RunError where a GPU is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if trainer.device == "cuda" and not available:
+        raise RunError("trainer.device is cuda, but torch sees no GPU here; use --set trainer.device=cpu")
+    return torch.device("cuda" if available and trainer.device != "cpu" else "cpu")
+
+
+def _train(experiment: Experiment, data: Data, run: RunDirectory, console: Console) -> None:
+    started, clock = datetime.now(UTC), time.perf_counter()
+    device = choose_device(experiment.trainer)
+    model = build_model(experiment, data.catalog)
+    counts = count_parameters(model)
+    console.print(
+        f"{run.path.name}: {counts['total']:,} parameters, {data.sequences.num_users:,} users, "
+        f"{data.sequences.num_items:,} items, {data.sequences.num_domains} domains, on {device}",
+        highlight=False,
+    )
+    if experiment.counts:
+        selection = None
+        _count(experiment, data, model, run)
+    else:
+        selection = _fit(experiment, data, model, run, device, console)
+    seconds_to_train = time.perf_counter() - clock
+
+    evaluation = evaluate_model(model, experiment, data, experiment.eval, "test", device)
+    with atomic(run.ranks) as path:
+        pq.write_table(evaluation.ranks, path)
+    if selection is not None:
+        draw_curve(run.read_log(), run.curve, experiment.name, selection["epoch"])
+    final = {
+        "name": experiment.name,
+        "run": run.path.name,
+        "seed": experiment.seed,
+        "selection": selection,
+        "parameters": counts,
+        "data": {"fingerprint": data.fingerprint, "domains": data.sequences.domain_names}
+        | {"split": {"name": data.split.name} | split_report(data.sequences, data.split)},
+        **report(evaluation, experiment.eval),
+    }
+    write_json(run.final, final)
+    times = {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds_to_train": round(seconds_to_train, 1),
+        "seconds": round(time.perf_counter() - clock, 1),
+    }
+    write_json(run.environment, describe_environment(device) | times)
+    write_text(run.done, "")
+
+
+def _count(experiment: Experiment, data: Data, model: nn.Module, run: RunDirectory) -> None:
+    """A model that counts: one pass over the training streams."""
+    model.fit(*streams(data.sequences, data.split, domain=experiment.data.domain))  # type: ignore[operator]
+    weights = {f"model.{key}": value for key, value in model.state_dict().items()}
+    with atomic(run.best) as path:
+        torch.save({"state_dict": weights, "config": fingerprint(experiment.yaml())}, path)
+
+
+def _fit(
+    experiment: Experiment, data: Data, model: nn.Module, run: RunDirectory, device: torch.device, console: Console
+) -> dict[str, Any]:
+    """Train to the end or to early stopping; leaves the weights of the best epoch in `model`."""
+    trainer_config, assert_loss = experiment.trainer, experiment.loss
+    assert assert_loss is not None
+    catalog = data.catalog.to(device)
+    negatives = None
+    if experiment.negatives is not None:
+        negatives = experiment.negatives.build(catalog, torch.Generator(device))
+    module = SequentialModule(
+        model=model,
+        loss=assert_loss.build(catalog),
+        negatives=negatives,
+        optim=experiment.optim,
+        metrics=RankingMetrics("validation", catalog.domain_names, experiment.eval.ks, experiment.eval.ties),
+        catalog=catalog,
+        seen=experiment.eval.seen,
+        monitor=trainer_config.monitor,
+        seed=experiment.seed,
+        config=fingerprint(experiment.yaml()),
+    )
+    batches = TrainBatches(
+        data.sequences,
+        data.split,
+        max_len=experiment.data.max_len,
+        batch_size=trainer_config.batch_size,
+        seed=experiment.seed,
+        device=device,
+        domain=experiment.data.domain,
+        windows=experiment.data.windows,
+    )
+    best = ModelCheckpoint(
+        dirpath=run.path,
+        filename=run.best.stem,
+        monitor=trainer_config.monitor,
+        mode="max",
+        save_weights_only=True,
+        enable_version_counter=False,
+    )
+    last = ModelCheckpoint(
+        dirpath=run.path, filename=run.last.stem, save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    callbacks: list[Callback] = [EpochLog(run.log), EpochProgress(console, trainer_config.monitor)]
+    if trainer_config.patience is not None:
+        callbacks.append(EarlyStopping(trainer_config.monitor, mode="max", patience=trainer_config.patience))
+    with _quiet_lightning():
+        trainer = pl.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            precision=trainer_config.precision,
+            max_epochs=trainer_config.epochs,
+            check_val_every_n_epoch=trainer_config.validate_every,
+            gradient_clip_val=trainer_config.gradient_clip,
+            callbacks=[*callbacks, best, last],
+            logger=TensorBoardLogger(run.path, name="", version="tensorboard") if trainer_config.tensorboard else False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            inference_mode=False,
+            deterministic="warn" if device.type == "cuda" else True,
+        )
+        trainer.fit(
+            module,
+            train_dataloaders=batches,
+            val_dataloaders=eval_batches(experiment, data, experiment.eval, "validation", device),
+            ckpt_path=run.last if run.last.exists() else None,
+            weights_only=True,
+        )
+    load_weights(model, run.best, experiment)
+    value = best.best_model_score
+    assert value is not None
+    records = [record for record in run.read_log() if trainer_config.monitor in record]
+    epoch = max(records, key=lambda record: record[trainer_config.monitor])["epoch"]
+    return {
+        "metric": trainer_config.monitor,
+        "value": float(value),
+        "epoch": epoch,
+        "epochs": run.read_log()[-1]["epoch"],
+        "patience": trainer_config.patience,
+    }
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning without its banners and its hints about loaders that are not ours."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        warnings.filterwarnings("ignore", message=".*num_workers.*")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,132 @@
+"""The types every part agrees on: a batch of histories, the catalogue, what a recommender and a sampler offer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+PAD_ID = 0
+"""Item id of padding. Real items are 1..num_items; ids are global across domains."""
+
+NO_DOMAIN = -1
+"""Domain of padding, and of a position that asks for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Histories of all domains merged in time order, left padded, each position asking for the next item.
+
+    A model reads everything but `targets`. `target_domains` is the question that is put at a position
+    ("which item of this domain comes next?"): the protocols of the field rank within the target's domain,
+    so the domain is known when the scores are made, and a model may use it.
+    """
+
+    user: Int[Tensor, " batch"]
+    """User index."""
+    items: Int[Tensor, "batch length"]
+    """Item ids, `PAD_ID` on the left."""
+    domains: Int[Tensor, "batch length"]
+    """Domain of each item, `NO_DOMAIN` at padding."""
+    times: Int[Tensor, "batch length"]
+    """Unix seconds, non-decreasing along a history; 0 at padding."""
+    targets: Int[Tensor, "batch length"]
+    """The next item; `PAD_ID` where nothing is predicted."""
+    target_domains: Int[Tensor, "batch length"]
+    """The domain asked for; `NO_DOMAIN` where nothing is predicted."""
+
+    @property
+    def mask(self) -> Tensor:
+        """True at real events, shape `batch length`."""
+        return self.items != PAD_ID
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with `function` applied to every tensor (a move, a slice along the batch)."""
+        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Which items exist, in which domain, and how often each was seen in training."""
+
+    domain_names: tuple[str, ...]
+    item_domain: Int[Tensor, " items"]
+    """Domain index of every item id, `NO_DOMAIN` at `PAD_ID`; length `num_items + 1`."""
+    train_counts: Int[Tensor, " items"]
+    """Training events per item id; length `num_items + 1`."""
+
+    @property
+    def num_items(self) -> int:
+        """Number of real items, padding not counted."""
+        return len(self.item_domain) - 1
+
+    @property
+    def num_domains(self) -> int:
+        return len(self.domain_names)
+
+    @cached_property
+    def _domain_items(self) -> tuple[Tensor, ...]:
+        return tuple(torch.nonzero(self.item_domain == domain).flatten() for domain in range(self.num_domains))
+
+    def items_of(self, domain: int) -> Int[Tensor, " candidates"]:
+        """Ids of one domain's items, ascending."""
+        return self._domain_items[domain]
+
+    @cached_property
+    def local_index(self) -> Int[Tensor, " items"]:
+        """Row of every item within `items_of(its domain)`; 0 at `PAD_ID`, where it means nothing."""
+        index = torch.zeros_like(self.item_domain)
+        for items in self._domain_items:
+            index[items] = torch.arange(len(items), device=items.device)
+        return index
+
+    def to(self, device: torch.device | str) -> "Catalog":
+        return Catalog(self.domain_names, self.item_domain.to(device), self.train_counts.to(device))
+
+
+class Recommender(Protocol):
+    """A model trained by gradient: a state per position, and one vector per item to compare it with."""
+
+    def __call__(self, batch: Batch) -> Float[Tensor, "batch length d_model"]: ...
+
+    def item_embeddings(self) -> Float[Tensor, "items d_model"]:
+        """Row per item id, row `PAD_ID` included (and never a candidate)."""
+        ...
+
+
+class Scorer(Protocol):
+    """Anything that can be ranked: neural, counted or random."""
+
+    def scores(
+        self, batch: Batch, items: Int[Tensor, " candidates"]
+    ) -> Float[Tensor, "batch candidates"]:
+        """fp32 score of each candidate as the item that follows each history (the last position's question)."""
+        ...
+
+
+class Draw(NamedTuple):
+    """Negatives for a flat list of targets: one row per position, or a single row that all positions share.
+
+    A draw may equal a position's target; a loss must mask it.
+    """
+
+    items: Int[Tensor, "rows negatives"]
+    log_q: Float[Tensor, "rows negatives"]
+    """Log-probability of one draw under the sampler. -inf bars a shared item from a position: it is no negative
+    there; the rows are then one per position although `items` has one."""
+    target_log_q: Float[Tensor, " positions"]
+    """The same for the target itself."""
+
+
+class NegativeSampler(Protocol):
+    """Draws from an explicit generator that it owns, whose state goes into the checkpoint."""
+
+    generator: torch.Generator
+
+    def draw(self, targets: Int[Tensor, " positions"]) -> Draw: ...
