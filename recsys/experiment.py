@@ -9,9 +9,8 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from recsys.data.batches import make_catalog
-from recsys.data.policies import PrepareOptions
+from recsys.data.policies import PrepareOptions, unknown_domain
 from recsys.data.prepare import load_prepared
-from recsys.data.schema import DataError
 from recsys.data.sequences import Sequences
 from recsys.data.split import LeaveOneOut, Split, SplitConfig, make_split
 from recsys.data.synthetic import SyntheticConfig
@@ -33,6 +32,10 @@ class DatasetSource(Config):
     """Name of the card, as `recsys data list` shows it."""
     options: PrepareOptions | None = None
     """Preparation other than the card's own."""
+
+    def sequences(self, data_root: Path | None) -> Sequences:
+        """The prepared dataset, prepared first if only its raw files are there."""
+        return load_prepared(self.dataset, data_root, self.options)[0]
 
 
 class DataConfig(Config):
@@ -125,19 +128,10 @@ class Data:
 
 
 def load_data(config: DataConfig, data_root: Path | None) -> Data:
-    """The events of an experiment; a dataset whose raw files are there is prepared first.
-
-    Raises DataError with the command to run where a dataset is not there, or for an unknown domain.
-    """
-    match config.source:
-        case SyntheticConfig():
-            sequences = config.source.build()
-        case DatasetSource():
-            sequences, _ = load_prepared(config.source.dataset, data_root, config.source.options)
+    """The events of an experiment. Raises DataError, with the command to run, where a dataset is not there."""
+    sequences = config.source.sequences(data_root)
     if config.domain is not None and config.domain not in sequences.domain_names:
-        raise DataError(
-            f"data.domain: there is no domain {config.domain!r}; one of {', '.join(sequences.domain_names)}"
-        )
+        raise unknown_domain(config.domain, sequences.domain_names)
     split = make_split(sequences, config.split)
     return Data(sequences, split, make_catalog(sequences, split))
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -90,6 +90,7 @@ class Catalog:
         return Catalog(self.domain_names, self.item_domain.to(device), self.train_counts.to(device))
 
 
+@runtime_checkable
 class Recommender(Protocol):
     """A model trained by gradient: a state per position, and one vector per item to compare it with."""
 
@@ -100,12 +101,11 @@ class Recommender(Protocol):
         ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Anything that can be ranked: neural, counted or random."""
 
-    def scores(
-        self, batch: Batch, items: Int[Tensor, " candidates"]
-    ) -> Float[Tensor, "batch candidates"]:
+    def scores(self, batch: Batch, items: Int[Tensor, " candidates"]) -> Float[Tensor, "batch candidates"]:
         """fp32 score of each candidate as the item that follows each history (the last position's question)."""
         ...
 
@@ -124,6 +124,7 @@ class Draw(NamedTuple):
     """The same for the target itself."""
 
 
+@runtime_checkable
 class NegativeSampler(Protocol):
     """Draws from an explicit generator that it owns, whose state goes into the checkpoint."""
 

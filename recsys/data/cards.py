@@ -99,10 +99,10 @@ class DatasetCard(Config):
 
 
 def shipped_cards() -> Path:
-    """The cards that come with the package: in the repository, or inside an installed one."""
+    """The cards that come with the package: inside an installed one, or in the repository."""
     package = Path(__file__).parents[1]
-    repository = package.parent / "data" / "cards"
-    return repository if repository.is_dir() else package / "_cards"
+    installed = package / "_cards"
+    return installed if installed.is_dir() else package.parent / "data" / "cards"
 
 
 def card_paths(data_root: Path) -> dict[str, Path]:

@@ -82,7 +82,8 @@ def prepare(
     card = load_card(dataset, root) if isinstance(dataset, str) else dataset
     options = card.prepare if options is None else options
     path = variant_path(card, root, options)
-    if not force and path.is_dir() and find_raw(card, root, raw) is None and raw is None:
+    present = path.is_dir()
+    if present and not force and raw is None and find_raw(card, root) is None:
         return Prepared(path, read_meta(path))
 
     with _progress() as step:
@@ -100,7 +101,7 @@ def prepare(
                     ]
                 )
             )
-        if not force and path.is_dir():
+        if present and not force:
             earlier = read_meta(path)
             if earlier["raw_files"] == hashes:
                 _refuse_differences(card, _published_differences(card, options, earlier), allow_changed_raw)
@@ -141,7 +142,7 @@ def prepare(
         _refuse_differences(card, differences, allow_changed_raw)
         meta["published_differences"] = differences
         step("writing")
-        _replace(path, lambda directory: _write(directory, raw_events, events, sequences, meta))
+        _replace(path, lambda directory: _write(directory, raw_events, events, sequences, meta), present)
     return Prepared(path, meta)
 
 
@@ -305,10 +306,11 @@ def write_table(table: pa.Table, path: Path) -> None:
     pa.parquet.write_table(table, path, compression="zstd")
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def _replace(path: Path, write: Callable[[Path], None], overwrite: bool) -> None:
     """Fills a sibling directory and renames it into place, so that `path` is there whole or not at all.
 
-    After a failure what was there before is there again.
+    After a failure what was there before is there again. Without `overwrite`, a `path` that another process has made
+    in the meantime stays: it has the same content.
     """
     fresh = path.parent / f".{path.name}-{os.getpid()}-new"
     stale = path.parent / f".{path.name}-{os.getpid()}-old"
@@ -316,13 +318,15 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         write(fresh)
-        if path.exists():
+        if overwrite:
             path.rename(stale)
         try:
             fresh.rename(path)
         except BaseException:
-            if stale.exists():
+            if overwrite:
                 stale.rename(path)
+            elif path.is_dir():
+                return
             raise
         shutil.rmtree(stale, ignore_errors=True)
     except OSError as error:

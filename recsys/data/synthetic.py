@@ -13,8 +13,9 @@ appeal = a · b_i · exp(vector_i[interest] / temperature), scaled so that its m
 
 When the user acts, and in which domain, is drawn apart from all this. So at `transfer` 0 the domains are independent
 processes: given the own domain's history, the other domains' history tells exactly nothing about the next item. At
-every dial the interest of an event is uniform, so popularity does not depend on the dial. And it is a hidden Markov
-model, so the best predictor from what can be observed is known exactly, with the other domains' items and without.
+every dial the interest of an event is uniform and held against as much drift, so neither popularity nor how well the
+whole history tells the next item changes much. And this is a hidden Markov model: the best predictor from what can be
+observed is known exactly, with the other domains' items and without them.
 """
 
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class SyntheticConfig(Config):
     name: Literal["synthetic"] = "synthetic"
     num_users: int = Field(2000, ge=1)
     num_domains: int = Field(2, ge=1, le=MAX_DOMAINS)
-    items_per_domain: int = Field(1000, ge=2)
+    items_per_domain: int = Field(500, ge=2)
     min_events: int = Field(10, ge=1)
     """Fewest events of a user, all domains together."""
     mean_events: float = Field(30, ge=1)
@@ -58,13 +59,14 @@ class SyntheticConfig(Config):
     """Share of users who are active in more than one domain (2 to all of them); nobody is where there is only one."""
     zipf: float = Field(0.8, ge=0)
     """Within a domain the r-th most popular item is drawn in proportion to 1 / r^zipf."""
-    shared_interests: int = Field(12, ge=1)
+    shared_interests: int = Field(16, ge=1)
     private_interests: int = Field(4, ge=0)
     """Per domain."""
-    temperature: float = Field(0.4, ge=0.05)
+    temperature: float = Field(0.25, ge=0.05)
     """Lower makes an interest choose among fewer items."""
-    drift: Share = 0.15
-    transfer: Share = 0.5
+    drift: Share = 0.25
+    """Chance of a new interest at an event."""
+    transfer: Share = 0.8
     """The dial: 0 and the other domains tell nothing, 1 and a shared interest follows the other domains."""
     tied: Share = 0.0
     """Share of events with the timestamp of the user's event before, a user's first event aside."""
@@ -109,24 +111,15 @@ class Truth:
     interests: Int[np.ndarray, " events"]
     """The interest behind each event."""
 
-    def interest_probs(
-        self, positions: Int[np.ndarray, " rows"], *, others: bool
-    ) -> Float[np.ndarray, "rows interests"]:
-        """P(interest behind the event | everything before it) for the events at the given packed positions.
-
-        `others=False` leaves out which items were taken in other domains than the event's own, and sums over them;
-        that the user acted there is known in both cases. Raises ValueError for users active in so many domains that
-        the joint distribution of their interests cannot be held.
-        """
-        return self._predict(positions, others)[0]
-
     def log_probs(self, positions: Int[np.ndarray, " rows"], *, others: bool) -> Float[np.ndarray, "rows items"]:
-        """log P(item of the event | everything before it); -inf outside its domain and for what the user has taken.
+        """log P(item of the event | everything before it) for the events at the given packed positions.
 
-        As `interest_probs`: with `others` the law of the data itself, without it the best that can be done with the
-        own domain's history. A column per item id.
+        With `others` this is the law of the data. `others=False` hides which items were taken in other domains than
+        the event's own, and sums over them: the best that can be done with the own domain's history (that the user
+        acted elsewhere, and when, is known in both cases). A column per item id; -inf outside the event's domain and
+        for what the user has taken. Raises ValueError for users active in so many domains that the joint
+        distribution of their interests cannot be held.
         """
-        positions = np.asarray(positions)
         belief, left = self._predict(positions, others)
         probs = (belief / left) @ self.appeal.T
         probs[self.sequences.item_domain != self.sequences.domains[positions][:, None]] = 0
@@ -161,6 +154,7 @@ class Truth:
         active = np.zeros((sequences.num_users, sequences.num_domains), dtype=bool)
         active[sequences.event_users(), sequences.domains] = True
         users = np.flatnonzero(stop)
+        elsewhere = _last_elsewhere(sequences.offsets, sequences.domains)
         belief, left = np.empty((2, len(wanted), self.config.num_interests))
         for pattern in np.unique(active[users], axis=0):
             axes = np.flatnonzero(pattern)
@@ -168,11 +162,11 @@ class Truth:
             if cells > _CELLS:
                 raise ValueError(
                     f"a user is active in {len(axes)} domains, and {self.config.num_interests} interests in each make "
-                    f"{cells:,} joint states; the truth can be asked for up to {_CELLS:,}"
+                    f"{cells:,} joint states; the truth can be asked for where they are up to {_CELLS:,}"
                 )
             same = users[(active[users] == pattern).all(axis=1)]
             for group in np.array_split(same, -(-len(same) * cells // _CELLS)):
-                for at, prior, rest in self._forward(group, stop[group], axes, heard):
+                for at, prior, rest in self._forward(group, stop[group], axes, elsewhere, heard):
                     slot = np.searchsorted(wanted, at)
                     hit = wanted[np.minimum(slot, len(wanted) - 1)] == at
                     belief[slot[hit]], left[slot[hit]] = prior[hit], rest[hit]
@@ -183,6 +177,7 @@ class Truth:
         users: Int[np.ndarray, " users"],
         stop: Int[np.ndarray, " users"],
         axes: Int[np.ndarray, " axes"],
+        elsewhere: Int[np.ndarray, " events"],
         heard: Bool[np.ndarray, " events"],
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Event by event up to `stop`: positions, the beliefs before their items are known, and the appeal left.
@@ -190,37 +185,31 @@ class Truth:
         `axes` are the domains the users are active in; the joint belief has an axis of interests for each.
         """
         sequences, size = self.sequences, self.config.num_interests
-        elsewhere = _last_elsewhere(sequences.offsets, sequences.domains)
+        axis_of = {domain: axis for axis, domain in enumerate(axes.tolist())}
         joint = np.full((len(users), *[size] * len(axes)), float(size) ** -len(axes))
         taken = np.zeros((len(users), len(axes), size))
         start = sequences.offsets[users]
         for step in range(int((stop - start).max())):
-            at = start + step
-            kinds = np.stack([sequences.domains[at % len(heard)], elsewhere[at % len(heard)]], axis=1)
-            kinds[at >= stop] = -1
-            for domain, other in np.unique(kinds[kinds[:, 0] >= 0], axis=0):
-                rows = np.flatnonzero((kinds == (domain, other)).all(axis=1))
-                position = at[rows]
-                axis = int(np.searchsorted(axes, domain))
-                moved = np.moveaxis(joint[rows], axis + 1, 1)
-                if other >= 0:
-                    place = int(np.searchsorted(axes, other)) + 1
-                    place += place < axis + 1  # moving the own axis to the front shifted those before it
-                    moved = np.moveaxis(moved, place, 2)
-                shape = moved.shape
-                after = self._change(moved.reshape(len(rows), size, -1), adopts=other >= 0)
+            live = np.flatnonzero(start + step < stop)
+            at = start[live] + step
+            kinds = np.stack([sequences.domains[at], elsewhere[at]], axis=1)
+            for kind in np.unique(kinds, axis=0):
+                chosen = (kinds == kind).all(axis=1)
+                rows, position = live[chosen], at[chosen]
+                involved = [axis_of[domain] for domain in kind.tolist() if domain >= 0]  # own, and the one to adopt
+                source, front = [axis + 1 for axis in involved], list(range(1, 1 + len(involved)))
+                moved = np.moveaxis(joint[rows], source, front)
+                after = self._change(moved.reshape(len(rows), size, -1), adopts=len(involved) == 2)
                 prior = after.sum(axis=2)
-                rest = np.maximum(1 - taken[rows, axis], _LEFT)
+                rest = np.maximum(1 - taken[rows, involved[0]], _LEFT)
                 yield position, prior, rest
+
                 known = heard[position]
                 appeal = self.appeal[sequences.items[position]]
                 after *= np.where(known[:, None], appeal / rest, 1.0)[:, :, None]
                 after /= after.sum(axis=(1, 2), keepdims=True)
-                taken[rows[known], axis] += appeal[known]
-                moved = after.reshape(shape)
-                if other >= 0:
-                    moved = np.moveaxis(moved, 2, place)
-                joint[rows] = np.moveaxis(moved, 1, axis + 1)
+                taken[rows[known], involved[0]] += appeal[known]
+                joint[rows] = np.moveaxis(after.reshape(moved.shape), front, source)
 
     def _change(self, joint: Float[np.ndarray, "users interests rest"], adopts: bool) -> np.ndarray:
         """The belief after the change that precedes an event; with `adopts`, `rest` begins with the other's axis."""
@@ -298,10 +287,11 @@ def _draw_activity(
     """Who acts when, and in which domain: offsets, domains, times."""
     users = config.num_users
     spread = config.max_events - config.min_events
-    middle = (config.mean_events - config.min_events) / spread if spread else 0.0
-    length = np.full(users, config.min_events)
-    if 0 < middle < 1:
-        length = np.rint(config.min_events + spread * generator.beta(4 * middle, 4 * (1 - middle), users)).astype(int)
+    extra = np.full(users, config.mean_events - config.min_events)
+    if 0 < extra[0] < spread:
+        middle = extra[0] / spread
+        extra = spread * generator.beta(4 * middle, 4 * (1 - middle), users)
+    length = np.rint(config.min_events + extra).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(length)])
     owner = np.repeat(np.arange(users), length)
 
@@ -313,7 +303,8 @@ def _draw_activity(
     active = np.minimum(active, length)
     liking = generator.gamma(2.0, size=ranked.shape)
     liking[np.arange(config.num_domains) >= active[:, None]] = 0
-    share = np.cumsum(liking, axis=1) / liking.sum(axis=1, keepdims=True)
+    share = np.cumsum(liking, axis=1)
+    share /= share[:, -1:]
     which = (generator.random(len(owner))[:, None] >= share[owner, :-1]).sum(axis=1)
     shuffled = np.lexsort((generator.random(len(owner)), owner))  # each of a user's domains gets an event at least
     order = np.arange(len(owner)) - offsets[owner]

@@ -21,7 +21,6 @@ from recsys.evaluation.protocols import (
     RankingProtocol,
     among,
     draw_negatives,
-    positions,
 )
 from recsys.evaluation.rank import RankInterval, Ties, cross_entropy, rank, rank_sampled
 from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, Seen, Split, ranks_table
@@ -106,15 +105,23 @@ def evaluate(
         for targets in _chunks(batches):
             catalog = _on_device_of(targets.target, catalog)
             repeated[targets.domain] += int((targets.seen == targets.target[:, None]).any(1).sum())
-            for protocol, field in _fields(scorer, targets, catalog, protocols, config.seen):
+            pools = _pools(protocols, catalog, targets.domain)
+            items = torch.cat(pools).unique()
+            scores = scorer.scores(targets.batch, items)  # once for all protocols
+            for protocol, pool in zip(protocols, pools, strict=True):
+                columns = torch.searchsorted(items, pool)
                 if protocol.negatives is None:
-                    ranks, loss = field.rank(targets.user)
+                    field = _Field.of(
+                        scores if len(pool) == len(items) else scores[:, columns], pool, targets, catalog, config.seen
+                    )
+                    ranks, loss = field.rank()
                     key = (protocol.name, targets.domain)
-                    coverage.setdefault(key, Coverage(len(field.items), config.ks)).update(field.visible_scores())
+                    coverage.setdefault(key, Coverage(len(pool), config.ks)).update(field.visible)
                 else:
-                    negatives = draw_negatives(protocol.negatives, field.items, catalog, targets, seed=config.seed)
-                    hashes[protocol.name].update(targets, field.items[negatives])
-                    ranks = rank_sampled(field.scores, field.target_index, negatives, targets.user, protocol.margin)
+                    negatives = draw_negatives(protocol.negatives, pool, catalog, targets, config.seed)
+                    hashes[protocol.name].update(targets, pool[negatives])
+                    target_column = torch.searchsorted(items, targets.target.contiguous())
+                    ranks = rank_sampled(scores, target_column, columns[negatives], targets.user, protocol.margin)
                     loss = None
                 pieces.append(_piece(protocol.name, targets, catalog, ranks, loss))
     if not pieces:
@@ -128,48 +135,47 @@ def rank_full(
     scorer: Scorer, targets: EvalBatch, catalog: Catalog, seen: Seen
 ) -> tuple[RankInterval, Float[Tensor, " batch"]]:
     """Ranks and cross-entropies of one batch under the protocol `full`, for validation during training."""
+    found = []
     with torch.no_grad():
-        found = [
-            field.rank(chunk.user)
-            for chunk in _chunks([targets])
-            for _, field in _fields(scorer, chunk, catalog, [PROTOCOLS["full"]], seen)
-        ]
+        for chunk in _chunks([targets]):
+            (pool,) = _pools([PROTOCOLS["full"]], catalog, chunk.domain)
+            found.append(_Field.of(scorer.scores(chunk.batch, pool), pool, chunk, catalog, seen).rank())
     return RankInterval.concatenate([ranks for ranks, _ in found]), torch.cat([loss for _, loss in found])
 
 
 @dataclass(frozen=True)
 class _Field:
-    """The candidates of some targets under one protocol."""
+    """Some targets among a whole pool."""
 
-    items: Int[Tensor, " candidates"]
     scores: Float[Tensor, "batch candidates"]
     target_index: Int[Tensor, " batch"]
     excluded: Bool[Tensor, "batch candidates"] | None
+    visible: Float[Tensor, "batch candidates"]
+    """The scores, -inf where excluded."""
+    users: Int[Tensor, " batch"]
 
-    def rank(self, users: Int[Tensor, " batch"]) -> tuple[RankInterval, Float[Tensor, " batch"]]:
-        ranks = rank(self.scores, self.target_index, self.excluded, users)
-        return ranks, cross_entropy(self.scores, self.target_index, self.excluded)
+    @staticmethod
+    def of(
+        scores: Float[Tensor, "batch candidates"],
+        pool: Int[Tensor, " candidates"],
+        targets: Targets,
+        catalog: Catalog,
+        seen: Seen,
+    ) -> "_Field":
+        target_index = torch.searchsorted(pool, targets.target.contiguous())
+        if seen == "none":
+            return _Field(scores, target_index, None, scores, targets.user)
+        excluded = among(pool, targets.seen, catalog).scatter(1, target_index[:, None], False)
+        return _Field(scores, target_index, excluded, scores.masked_fill(excluded, -torch.inf), targets.user)
 
-    def visible_scores(self) -> Float[Tensor, "batch candidates"]:
-        return self.scores if self.excluded is None else self.scores.masked_fill(self.excluded, -torch.inf)
+    def rank(self) -> tuple[RankInterval, Float[Tensor, " batch"]]:
+        ranks = rank(self.scores, self.target_index, self.excluded, self.users)
+        return ranks, cross_entropy(self.visible, self.target_index)
 
 
-def _fields(
-    scorer: Scorer, targets: Targets, catalog: Catalog, protocols: Sequence[RankingProtocol], seen: Seen
-) -> Iterator[tuple[RankingProtocol, _Field]]:
-    """The candidates of every protocol, scored once."""
+def _pools(protocols: Sequence[RankingProtocol], catalog: Catalog, domain: int) -> list[Int[Tensor, " candidates"]]:
     with torch.inference_mode(False):  # the catalogue keeps what it is asked for, and training uses it too
-        pools = [protocol.pool(catalog, targets.domain) for protocol in protocols]
-    union = torch.cat(pools).unique()
-    scores = scorer.scores(targets.batch, union)
-    for protocol, pool in zip(protocols, pools, strict=True):
-        target_index = positions(pool, catalog)[targets.target]
-        assert bool((target_index < len(pool)).all()), "a target lies outside the domain that is asked for"
-        excluded = None
-        if seen == "history" and protocol.negatives is None:
-            excluded = among(pool, targets.seen, catalog).scatter(1, target_index[:, None], False)
-        columns = scores if len(pool) == len(union) else scores[:, torch.searchsorted(union, pool)]
-        yield protocol, _Field(pool, columns, target_index, excluded)
+        return [protocol.pool(catalog, domain) for protocol in protocols]
 
 
 def _chunks(batches: Iterable[EvalBatch]) -> Iterator[Targets]:

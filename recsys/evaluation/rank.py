@@ -83,23 +83,19 @@ def rank_sampled(
     target = scores.gather(1, target_index[:, None])
     rivals = scores.gather(1, negatives)
     require_finite(torch.cat([target, rivals], dim=1), None, users)
-    greater = (real & (rivals > target + margin)).sum(1)
+    greater = (rivals > target + margin).sum(1)
     ties = (real & (rivals >= target - margin)).sum(1) - greater
     return RankInterval(greater, ties, 1 + real.sum(1))
 
 
 def cross_entropy(
-    scores: Float[Tensor, "batch candidates"],
-    target_index: Int[Tensor, " batch"],
-    excluded: Bool[Tensor, "batch candidates"] | None,
+    scores: Float[Tensor, "batch candidates"], target_index: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    """Softmax cross-entropy of the target among the candidates that `rank` counts, in nats.
+    """Softmax cross-entropy of the target in nats; -inf marks what is no candidate.
 
     It means something where scores are logits. The sum runs in fp64, so that the order of the items does not show.
     """
     scores = _at_least_fp32(scores)
-    if excluded is not None:
-        scores = scores.masked_fill(excluded.scatter(1, target_index[:, None], False), -torch.inf)
     peak = scores.amax(1, keepdim=True)
     total = (scores - peak).exp().sum(1, dtype=torch.float64)
     target = scores.gather(1, target_index[:, None])

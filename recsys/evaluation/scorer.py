@@ -30,8 +30,7 @@ class DotScorer:
         assert not (isinstance(self.model, nn.Module) and self.model.training), "call model.eval() before scoring"
         table = self.model.item_embeddings()[items].double()
         states = [self._last_hidden(batch, start) for start in range(0, len(batch.user), self.rows)]
-        with torch.autocast(table.device.type, enabled=False):
-            return torch.cat([(state @ table.T).float()[:count] for state, count in states])
+        return torch.cat([(state @ table.T).float()[:count] for state, count in states])  # autocast lets fp64 be
 
     def _last_hidden(self, batch: Batch, start: int) -> tuple[Float[Tensor, "rows d_model"], int]:
         """The states of the rows from `start` on, in the fixed shape, and how many of them are real."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from recsys.data.batches import TrainBatches
 from recsys.evaluation import DotScorer, EvalBatch, rank_full
 from recsys.evaluation.ranks import Seen
 from recsys.evaluation.running import RankingMetrics
@@ -65,6 +66,7 @@ class SequentialModule(pl.LightningModule):
         return batch
 
     def on_train_epoch_start(self) -> None:
+        cast("TrainBatches", self.trainer.train_dataloader).set_epoch(self.current_epoch)
         seed = epoch_seed(self.seed, self.current_epoch)
         torch.manual_seed(seed)
         if self.negatives is not None:

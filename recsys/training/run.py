@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import nn
 
-from recsys.data.batches import EvalBatches, TrainBatches, streams
+from recsys.data.batches import EvalBatches, TrainBatches, train_stream
 from recsys.data.split import split_report
 from recsys.evaluation import DotScorer, EvalConfig, Evaluation, RanksInfo, evaluate, summarize
 from recsys.evaluation.ranks import Split
@@ -201,7 +201,7 @@ def _train(experiment: Experiment, data: Data, run: RunDirectory, console: Conso
 
 def _count(experiment: Experiment, data: Data, model: nn.Module, run: RunDirectory) -> None:
     """A model that counts: one pass over the training streams."""
-    model.fit(*streams(data.sequences, data.split, domain=experiment.data.domain))  # type: ignore[operator]
+    model.fit(*train_stream(data.sequences, data.split, domain=experiment.data.domain))  # type: ignore[operator]
     weights = {f"model.{key}": value for key, value in model.state_dict().items()}
     with atomic(run.best) as path:
         torch.save({"state_dict": weights, "config": fingerprint(experiment.yaml())}, path)
@@ -211,21 +211,21 @@ def _fit(
     experiment: Experiment, data: Data, model: nn.Module, run: RunDirectory, device: torch.device, console: Console
 ) -> dict[str, Any]:
     """Train to the end or to early stopping; leaves the weights of the best epoch in `model`."""
-    trainer_config, assert_loss = experiment.trainer, experiment.loss
-    assert assert_loss is not None
+    config, loss = experiment.trainer, experiment.loss
+    assert loss is not None
     catalog = data.catalog.to(device)
     negatives = None
     if experiment.negatives is not None:
         negatives = experiment.negatives.build(catalog, torch.Generator(device))
     module = SequentialModule(
         model=model,
-        loss=assert_loss.build(catalog),
+        loss=loss.build(catalog),
         negatives=negatives,
         optim=experiment.optim,
         metrics=RankingMetrics("validation", catalog.domain_names, experiment.eval.ks, experiment.eval.ties),
         catalog=catalog,
         seen=experiment.eval.seen,
-        monitor=trainer_config.monitor,
+        monitor=config.monitor,
         seed=experiment.seed,
         config=fingerprint(experiment.yaml()),
     )
@@ -233,7 +233,7 @@ def _fit(
         data.sequences,
         data.split,
         max_len=experiment.data.max_len,
-        batch_size=trainer_config.batch_size,
+        batch_size=config.batch_size,
         seed=experiment.seed,
         device=device,
         domain=experiment.data.domain,
@@ -242,7 +242,7 @@ def _fit(
     best = ModelCheckpoint(
         dirpath=run.path,
         filename=run.best.stem,
-        monitor=trainer_config.monitor,
+        monitor=config.monitor,
         mode="max",
         save_weights_only=True,
         enable_version_counter=False,
@@ -250,19 +250,19 @@ def _fit(
     last = ModelCheckpoint(
         dirpath=run.path, filename=run.last.stem, save_on_train_epoch_end=True, enable_version_counter=False
     )
-    callbacks: list[Callback] = [EpochLog(run.log), EpochProgress(console, trainer_config.monitor)]
-    if trainer_config.patience is not None:
-        callbacks.append(EarlyStopping(trainer_config.monitor, mode="max", patience=trainer_config.patience))
+    callbacks: list[Callback] = [EpochLog(run.log), EpochProgress(console, config.monitor)]
+    if config.patience is not None:
+        callbacks.append(EarlyStopping(config.monitor, mode="max", patience=config.patience))
     with _quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
-            precision=trainer_config.precision,
-            max_epochs=trainer_config.epochs,
-            check_val_every_n_epoch=trainer_config.validate_every,
-            gradient_clip_val=trainer_config.gradient_clip,
+            precision=config.precision,
+            max_epochs=config.epochs,
+            check_val_every_n_epoch=config.validate_every,
+            gradient_clip_val=config.gradient_clip,
             callbacks=[*callbacks, best, last],
-            logger=TensorBoardLogger(run.path, name="", version="tensorboard") if trainer_config.tensorboard else False,
+            logger=TensorBoardLogger(run.path, name="", version="tensorboard") if config.tensorboard else False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -280,14 +280,14 @@ def _fit(
     load_weights(model, run.best, experiment)
     value = best.best_model_score
     assert value is not None
-    records = [record for record in run.read_log() if trainer_config.monitor in record]
-    epoch = max(records, key=lambda record: record[trainer_config.monitor])["epoch"]
+    records = [record for record in run.read_log() if config.monitor in record]
+    epoch = max(records, key=lambda record: record[config.monitor])["epoch"]
     return {
-        "metric": trainer_config.monitor,
+        "metric": config.monitor,
         "value": float(value),
         "epoch": epoch,
         "epochs": run.read_log()[-1]["epoch"],
-        "patience": trainer_config.patience,
+        "patience": config.patience,
     }
 
 

@@ -43,6 +43,12 @@ def test_abxi_filter_by_hand() -> None:
     )
 
 
+def test_abxi_filter_counts_the_last_events_among_those_it_keeps() -> None:
+    rows = [(0, 9, 0), (0, 1, 0), (0, 5, 1), (0, 8, 1), (0, 1, 0), (0, 5, 1), (0, 7, 1)]  # 7, 8, 9 are rare
+    kept = AbxiFilter(min_item=2, max_events=3, min_user=1).keep(events(rows), 2)
+    assert kept.tolist() == [False, False, True, False, True, True, False]
+
+
 def test_abxi_filter_does_not_go_round_again() -> None:
     # User 1 goes at the last step; item 5 is then rarer than min_item, and stays.
     rows = [(0, 1, 0), (0, 1, 0), (0, 5, 1), (0, 6, 1), (0, 6, 1), (1, 1, 0), (1, 5, 1)]

@@ -102,6 +102,8 @@ def test_items_in_two_domains(prepared: Callable[..., PreparedEvents]) -> None:
     assert len(split.frame) == 5
     assert split.items.tolist() == ["oil", "tea", "cup", "tea"]
     assert split.item_domain.tolist() == [0, 0, 1, 1]
+    by_file = prepared("zoe,tea,kitchen,9, ann,tea,food,1,", PrepareOptions(items_in_two_domains="first"))
+    assert events(by_file) == [("zoe", "tea", "kitchen", 9)]
     for result in (dropped, first, split):
         assert result.repairs["items_in_two_domains"] == 1
 

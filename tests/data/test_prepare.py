@@ -242,6 +242,24 @@ def test_a_failing_rename_brings_the_earlier_result_back(
     assert files_below(root) == before
 
 
+def test_two_processes_may_prepare_the_same(
+    card: MakeCard, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write()
+    original = prepare_module._write
+
+    def overtaken(*args: Any) -> None:
+        original(*args)
+        monkeypatch.setattr(prepare_module, "_write", original)
+        monkeypatch.setattr("os.getpid", lambda: -1)
+        prepare(card(), tmp_path, raw=folder)
+
+    monkeypatch.setattr(prepare_module, "_write", overtaken)
+    path = prepare(card(), tmp_path, raw=folder).path
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert load_prepared(card(), tmp_path)[0].num_users == 3
+
+
 def test_a_full_disk(card: MakeCard, write: Write, tmp_path: Path) -> None:
     """A limit on the size of written files stands for the full disk, in a process of its own."""
     folder, root = write(), tmp_path / "root"

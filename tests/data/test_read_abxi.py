@@ -139,6 +139,7 @@ def test_all_bad_lines_are_counted(pair: MakeCard, folder: Path, write: Write) -
         ("map_item_50.txt", '{"B01": [1, 0', "line 1, column 14: not valid JSON"),
         ("map_item_50.txt", "[]", "must hold one JSON object"),
         ("map_item_50.txt", '{"B01": [1, 2]}', "the entry of item 'B01' is [1, 2]"),
+        ("map_item_50.txt", '{"B01": [1, 0, 0]}', "the entry of item 'B01' is [1, 0, 0]"),
         ("map_item_50.txt", '{"B01": 1}', "the entry of item 'B01' is 1"),
         ("map_item_50.txt", '{"B01": [1, 0], "B02": [1, 0]}', "the index 1 is given to two items"),
         ("map_item_50.txt", "", "the file is empty"),

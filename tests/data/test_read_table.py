@@ -103,6 +103,17 @@ def test_a_file_without_header_another_separator_and_stray_quotes(card: MakeCard
     assert raw.frame["line"].tolist() == list(range(1, 9))
 
 
+def test_a_separator_of_several_characters(card: MakeCard, write: Write) -> None:
+    made = card(
+        format="{name: table, type: csv, separator: '::', header: false, columns: {user: 0, item: 1, timestamp: 3}}",
+        domains="[film]",
+    )
+    raw = read(made, write("1::1193::5::978300760\n1::661::3::978302109\n"))
+    assert rows(raw) == [("1", "1193", 0, 978300760, None), ("1", "661", 0, 978302109, None)]
+    with pytest.raises(DataError, match="line 2: 3 fields, not 4"):
+        read(made, write("1::1193::5::978300760\n1::661::3\n"))
+
+
 def test_line_ends_within_quotes(card: MakeCard, write: Write) -> None:
     text = 'user,item,review,domain,time,rating\nann,tea,"so\n\n\ngood",food,1,\nbob,tea,,food,2,\ncleo,tea,,food,3,\n'
     assert [row[0] for row in rows(read(card(), write(text)))] == ["ann", "bob", "cleo"]
@@ -287,7 +298,7 @@ def test_bad_json_lines(card: MakeCard, write: Write, line: str, said: str) -> N
     ("changes", "said"),
     [
         ({"format": "{name: table, type: csv, columns: {user: u, item: i}}"}, "say time_unit: order"),
-        ({"format": TABLE.format(type="csv") + "  separator: '::'\n"}, "single character"),
+        ({"format": TABLE.format(type="csv") + "  separator: ''\n"}, "some text without quotes and line ends"),
         ({"files": "events.csv: {domain: food}"}, "not from both"),
         (
             {"format": "{name: table, type: csv, time_unit: order, columns: {user: u, item: i}}"},

@@ -116,6 +116,12 @@ def test_the_report_of_a_split_by_hand(sequences: Sequences) -> None:
     assert report["later_train_share"] == 0.25
 
 
+def test_a_training_event_at_the_time_of_a_test_event_is_not_later() -> None:
+    two = Sequences.pack([1, 1, 1, 1, 1, 1], [0] * 6, [1, 2, 5, 5, 6, 7], [0, 3, 6], ("food",), [-1, 0])
+    report = split_report(two, make_split(two, LeaveOneOut()))
+    assert report["later_train_share"] == 0.0  # training at 1 and 5, tests at 5 and 7
+
+
 def test_a_split_that_tests_nobody_reports_so(sequences: Sequences) -> None:
     short = Sequences.pack([1, 4], [0, 1], [1, 2], [0, 1, 2], ("food", "kitchen"), [-1, 0, 0, 0, 1, 1, 1])
     report = split_report(short, make_split(short, LeaveOneOut()))

@@ -180,6 +180,17 @@ def test_seen_items_leave_full_rankings_only_when_asked():
         assert (row["user"], row["domain"], row["target"], row["history"]) == (3, "kitchen", 6, 4)
 
 
+def test_c2dsr_lets_a_rival_win_by_a_hair_and_others_do_not():
+    class ByAHair(Favours):
+        def scores(self, batch: Batch, items: Tensor) -> Tensor:
+            return 5e-6 * torch.isin(items, self.items)
+
+    config = EvalConfig(protocols=("c2dsr_999", "abxi_999"))
+    rows = {row["protocol"]: row for row in tiny([1], target=6).evaluate(ByAHair(4, 5, 7), config).ranks.to_pylist()}
+    assert (rows["c2dsr_999"]["greater"], rows["c2dsr_999"]["ties"]) == (0, 999)
+    assert (rows["abxi_999"]["greater"], rows["abxi_999"]["ties"]) == (3, 0)
+
+
 def test_a_target_that_was_seen_before_stays_a_candidate_and_is_counted():
     evaluation = tiny(history=[4, 6, 1], target=6).evaluate(Favours(4), EvalConfig(protocols=("full", "all")))
     assert [(row["greater"], row["candidates"]) for row in evaluation.ranks.to_pylist()] == [(0, 5), (0, 3)]
@@ -187,6 +198,13 @@ def test_a_target_that_was_seen_before_stays_a_candidate_and_is_counted():
     assert (counts.users, counts.targets, counts.repeated_targets) == (1, 1, 1)
     assert (counts.candidates, counts.cold_candidates, counts.cold_targets) == (4, 2, 1)
     assert "food" not in evaluation.counts, "no targets there"
+
+
+def test_cross_entropy_is_taken_over_the_candidates_that_are_ranked():
+    world = tiny(history=[4, 5, 1], target=6)
+    for seen, loss in (("none", math.log(math.exp(2) + 2 + math.e) - 1), ("history", math.log(1 + math.e) - 1)):
+        (row,) = world.evaluate(Favours(4), EvalConfig(seen=seen)).ranks.to_pylist()
+        assert row["cross_entropy"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_the_whole_history_is_left_out_not_only_its_tail():

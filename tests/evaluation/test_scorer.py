@@ -37,14 +37,19 @@ def model() -> Attention:
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_ranks_do_not_depend_on_batch_size_or_order(size: int):
-    scorer = DotScorer(model(), max_len=8, rows=32)
+    scorer = DotScorer(model(), max_len=7, rows=32)
     expected = evaluate(
-        scorer, WORLD.batches(50), WORLD.catalog, EvalConfig(protocols=("full", "all")), split="test", split_hash=""
+        scorer,
+        WORLD.batches(50, max_len=7),
+        WORLD.catalog,
+        EvalConfig(protocols=("full", "all")),
+        split="test",
+        split_hash="",
     )
     order = torch.randperm(len(WORLD.users), generator=torch.Generator().manual_seed(size)).tolist()
     other = evaluate(
         scorer,
-        WORLD.batches(size, order),
+        WORLD.batches(size, order, max_len=7),
         WORLD.catalog,
         EvalConfig(protocols=("full", "all")),
         split="test",
@@ -55,10 +60,10 @@ def test_ranks_do_not_depend_on_batch_size_or_order(size: int):
 
 
 def test_scores_do_not_depend_on_the_other_rows_to_the_last_bit():
-    scorer = DotScorer(model(), max_len=8, rows=32)
+    scorer = DotScorer(model(), max_len=7, rows=32)
     items = WORLD.catalog.items_of(0)
     with torch.no_grad():
-        (whole,) = (rows for rows in WORLD.batches(150) if int(rows.batch.target_domains[0, -1]) == 0)
+        (whole,) = (rows for rows in WORLD.batches(150, max_len=7) if int(rows.batch.target_domains[0, -1]) == 0)
         together = scorer.scores(whole.batch, items)
         alone = torch.cat(
             [scorer.scores(whole.batch.map(lambda tensor, row=row: tensor[row : row + 1]), items) for row in range(40)]

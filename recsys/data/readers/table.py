@@ -28,6 +28,9 @@ Column = str | int
 _NULLS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
 """What counts as missing in a text file unless it stands in quotes."""
 
+_UNIT_SEPARATOR = "\x1f"
+"""Stands for a separator of several characters, which the parser does not take."""
+
 _LAST = np.iinfo(np.int64).max
 
 
@@ -70,9 +73,9 @@ class TableFormat(Config):
 
     @field_validator("separator")
     @classmethod
-    def _one_character(cls, separator: str | None) -> str | None:
-        if separator is not None and len(separator.encode()) != 1:
-            raise ValueError('must be a single character, such as "," or "\\t"')
+    def _within_a_line(cls, separator: str | None) -> str | None:
+        if separator is not None and (not separator or set(separator) & set('\r\n"')):
+            raise ValueError('must be some text without quotes and line ends, such as "," or "::"')
         return separator
 
     @model_validator(mode="after")
@@ -222,6 +225,8 @@ def read_delimited(path: Path, wanted: list[str], separator: str, header: bool, 
     Raises DataError for a column that is not there (naming those that are) and for lines of another length.
     """
     content = read_bytes(path)
+    if len(separator.encode()) > 1:
+        content, separator = content.replace(separator.encode(), _UNIT_SEPARATOR.encode()), _UNIT_SEPARATOR
     first_line = content.split(b"\n", 1)[0].decode("utf-8", errors="replace").rstrip("\r")
     quotes = {} if quoting else {"quoting": csv.QUOTE_NONE}
     names = next(csv.reader([first_line], delimiter=separator, **quotes))  # type: ignore[arg-type]

@@ -1,0 +1,264 @@
+"""Batches, gathered by index from packed arrays that lie on the training device.
+
+The events of a view (the TRAIN events, perhaps of one domain) are packed once, in the narrow types of the files. A
+batch is an index computation and a gather per field, widened to int64 on the way: no Python per row, no prefix is ever
+copied.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from recsys.data.policies import unknown_domain
+from recsys.data.sequences import Sequences
+from recsys.data.split import TEST, TRAIN, VALID, Split, train_counts
+from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog
+
+_POOL = 32
+"""Batches among which training rows are sorted by length."""
+
+
+class TrainBatches:
+    """Training rows of every user in shuffled batches: items = events[:-1], targets = events[1:], TRAIN events only.
+
+    The order of an epoch is a function of (seed, epoch) alone: all rows are shuffled, sorted by length within pools of
+    32 batches so that little padding is left, cut into batches, and the batches are shuffled. A batch is trimmed to its
+    longest row. Each iteration runs over the current epoch from its first batch; only after `load_state_dict` it goes
+    on where that state was taken.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        split: Split,
+        *,
+        max_len: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        domain: str | None = None,
+        windows: Literal["last", "all"] = "last",
+    ) -> None:
+        """`windows`: a row of a user's last `max_len` targets; or rows of consecutive targets, the last one full, that
+        make each TRAIN event but the user's first a target once. `domain` leaves out the events of the others.
+        Raises DataError for an unknown domain.
+        """
+        assert max_len >= 1
+        assert batch_size >= 1
+        keep = (split.role == TRAIN) & _of_domain(sequences, domain)
+        self._events = _Events.pack(sequences, keep, device)
+        user, start, stop = _windows(self._events.offsets, max_len, windows)
+        self._user, self._start, self._stop = (torch.from_numpy(array).to(device) for array in (user, start, stop))
+        self._lengths = torch.from_numpy(stop - start) - 1
+        self.skipped = sequences.num_users - len(np.unique(user))
+        """Users with fewer than two events to train on: they have no row."""
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+        self._first = self._next = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self._lengths) // self._batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of another epoch; the current one is left where it is."""
+        if epoch != self._epoch:
+            self._epoch, self._first, self._next = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches have been given out."""
+        return {"epoch": self._epoch, "batch": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._epoch, self._first, self._next = state["epoch"], state["batch"], state["batch"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        first, self._first, self._next = self._first, 0, self._first
+        batches = self._order()
+        device = self._user.device
+        for rows in batches[first:]:
+            self._next += 1
+            longest = int(self._lengths[rows].max())
+            yield self._gather(rows.to(device, non_blocking=True), longest)
+
+    def _order(self) -> tuple[Int[Tensor, " batch"], ...]:
+        """The rows of each batch of the epoch, on the CPU, where the same seed means the same order for any device."""
+        mixed = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        rows = torch.randperm(len(self._lengths), generator=generator)
+        pool = torch.arange(len(rows)) // (_POOL * self._batch_size)
+        key = pool * (1 + int(self._lengths.max())) + self._lengths[rows] if len(rows) else pool
+        batches = rows[key.argsort(stable=True)].split(self._batch_size)
+        return tuple(batches[index] for index in torch.randperm(len(self), generator=generator).tolist())
+
+    def _gather(self, rows: Int[Tensor, " batch"], longest: int) -> Batch:
+        start, stop = self._start[rows], self._stop[rows]
+        index, real = _left_padded(start, stop - 1, longest)
+        items, domains, times = self._events.take(index, real)
+        targets, target_domains, _ = self._events.take(index + 1, real)
+        return Batch(self._user[rows], items, domains, times, targets, target_domains)
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Histories whose last position asks for one target each, all targets of one domain."""
+
+    batch: Batch
+    seen: Int[Tensor, "batch seen"]
+    """Every item of the untruncated history, filled up with `PAD_ID`; a target that repeats one stands in it too."""
+    history: Int[Tensor, " batch"]
+    """Events before the target, not truncated."""
+    position: Int[Tensor, " batch"]
+    """Where the target lies in the packed sequences."""
+
+
+class EvalBatches:
+    """The targets of a stage with their histories, domain by domain, in a fixed order (shorter histories first).
+
+    The history of a validation target is every earlier event of its user but TEST events, that of a test target
+    every earlier event; both are cut to `max_len` after that.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        split: Split,
+        stage: Literal["validation", "test"],
+        *,
+        max_len: int,
+        batch_size: int,
+        device: torch.device | str,
+        domain: str | None = None,
+    ) -> None:
+        """`domain` leaves out the events of the others, as history and as targets. Raises DataError if unknown."""
+        assert max_len >= 1
+        assert batch_size >= 1
+        role = VALID if stage == "validation" else TEST
+        keep = _of_domain(sequences, domain)
+        if stage == "validation":
+            keep &= split.role != TEST
+        kept = np.flatnonzero(keep)
+        self._events = _Events.pack(sequences, keep, device)
+        offsets = self._events.offsets
+        target = np.flatnonzero(split.role[kept] == role)
+        user = np.searchsorted(offsets, target, side="right") - 1
+        history = target - offsets[user]
+        self.skipped = int((history == 0).sum())
+        """Targets without any history; a model has nothing to be asked about, so they are left out."""
+        domains = sequences.domains[kept[target]]
+        order = np.lexsort((target, history, domains))
+        order = order[history[order] > 0]
+        rows = (user, offsets[user], target, kept[target])
+        self._user, self._start, self._target, self._position = (
+            torch.from_numpy(array[order]).to(device) for array in rows
+        )
+        self._history = torch.from_numpy(history[order])
+        ends = np.searchsorted(domains[order], np.arange(sequences.num_domains), side="right")
+        self._batches = [
+            slice(first, min(first + batch_size, int(end)))
+            for begin, end in zip([0, *ends[:-1]], ends, strict=True)
+            for first in range(int(begin), int(end), batch_size)
+        ]
+        self._max_len = max_len
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        return map(self._gather, self._batches)
+
+    def _gather(self, rows: slice) -> EvalBatch:
+        start, target = self._start[rows], self._target[rows]
+        longest = int(self._history[rows].max())
+        seen, _, _ = self._events.take(*_left_padded(start, target, longest))
+        length = min(longest, self._max_len)
+        items, domains, times = self._events.take(*_left_padded(torch.maximum(start, target - length), target, length))
+        asks = torch.zeros_like(items, dtype=torch.bool)
+        asks[:, -1] = True
+        targets, target_domains, _ = self._events.take(target[:, None].expand_as(items), asks)
+        batch = Batch(self._user[rows], items, domains, times, targets, target_domains)
+        return EvalBatch(batch, seen, target - start, self._position[rows])
+
+
+def make_catalog(sequences: Sequences, split: Split) -> Catalog:
+    """The items, with their counts over the TRAIN events of all domains."""
+    item_domain = torch.from_numpy(sequences.item_domain.astype(np.int64))
+    return Catalog(sequences.domain_names, item_domain, torch.from_numpy(train_counts(sequences, split)))
+
+
+def train_stream(
+    sequences: Sequences, split: Split, domain: str | None = None
+) -> tuple[Int[Tensor, " events"], Int[Tensor, " boundaries"]]:
+    """The users' TRAIN events laid end to end, and where each user's begin and end, for models that count.
+
+    `domain` leaves out the events of the others. Raises DataError for an unknown domain.
+    """
+    keep = (split.role == TRAIN) & _of_domain(sequences, domain)
+    return torch.from_numpy(sequences.items[keep].astype(np.int64)), torch.from_numpy(_kept_offsets(sequences, keep))
+
+
+@dataclass(frozen=True)
+class _Events:
+    """Some of the events, packed anew: narrow on the device, with the offsets where the rows are made."""
+
+    items: Int[Tensor, " events"]
+    domains: Int[Tensor, " events"]
+    times: Int[Tensor, " events"]
+    offsets: np.ndarray
+
+    @classmethod
+    def pack(cls, sequences: Sequences, keep: Bool[np.ndarray, " events"], device: torch.device | str) -> "_Events":
+        arrays = (sequences.items, sequences.domains, sequences.times)
+        items, domains, times = (torch.from_numpy(array[keep]).to(device) for array in arrays)
+        return cls(items, domains, times, _kept_offsets(sequences, keep))
+
+    def take(
+        self, index: Int[Tensor, "batch length"], real: Bool[Tensor, "batch length"]
+    ) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+        """Items, domains and times at `index`; padding where it is not `real`."""
+        index = index.clamp(0, len(self.items) - 1)
+        return (
+            self.items[index].long().masked_fill_(~real, PAD_ID),
+            self.domains[index].long().masked_fill_(~real, NO_DOMAIN),
+            self.times[index].masked_fill_(~real, 0),
+        )
+
+
+def _of_domain(sequences: Sequences, domain: str | None) -> Bool[np.ndarray, " events"]:
+    """True at the events of a domain; everywhere for None."""
+    if domain is None:
+        return np.ones(len(sequences.domains), dtype=bool)
+    if domain not in sequences.domain_names:
+        raise unknown_domain(domain, sequences.domain_names)
+    return np.asarray(sequences.domains == sequences.domain_names.index(domain))
+
+
+def _kept_offsets(sequences: Sequences, keep: Bool[np.ndarray, " events"]) -> Int[np.ndarray, " boundaries"]:
+    """Offsets of the users among the kept events."""
+    return np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])[sequences.offsets]
+
+
+def _windows(
+    offsets: Int[np.ndarray, " boundaries"], max_len: int, windows: Literal["last", "all"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """User, first and last event (exclusive) of every row: windows of `max_len` targets counted from the end."""
+    targets = np.maximum(np.diff(offsets) - 1, 0)
+    count = np.minimum(targets, 1) if windows == "last" else -(-targets // max_len)
+    user = np.repeat(np.arange(len(targets)), count)
+    from_end = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+    stop = offsets[user + 1] - from_end * max_len
+    return user, np.maximum(offsets[user], stop - max_len - 1), stop
+
+
+def _left_padded(
+    start: Int[Tensor, " batch"], stop: Int[Tensor, " batch"], length: int
+) -> tuple[Int[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
+    """Indices of the events `start:stop` of each row, flush right, and which of them are real."""
+    index = stop[:, None] - torch.arange(length, 0, -1, device=stop.device)
+    return index, index >= start[:, None]
