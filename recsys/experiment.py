@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -88,7 +88,7 @@ class Experiment(Config):
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _parts_fit(self) -> "Experiment":
         if self.counts and self.loss is not None:
             raise ValueError(
                 f"loss: the model {self.model.name!r} counts and has no loss; remove the key or set it to null"

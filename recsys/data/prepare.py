@@ -103,8 +103,8 @@ def prepare(
             )
         if present and not force:
             earlier = read_meta(path)
-            if earlier["raw_files"] == hashes:
-                _refuse_differences(card, _published_differences(card, options, earlier), allow_changed_raw)
+            differences = [*earlier["published_differences"], *_published_differences(card, options, earlier)]
+            if earlier["raw_files"] == hashes and not differences:
                 return Prepared(path, earlier)
         step("reading")
         raw_events = card.format.read(sources_of(card, files), card.domains)
@@ -138,7 +138,7 @@ def prepare(
             },
             "splits": _splits(sequences),
         }
-        differences = _published_differences(card, options, meta)
+        differences = [*raw_events.differences, *_published_differences(card, options, meta)]
         _refuse_differences(card, differences, allow_changed_raw)
         meta["published_differences"] = differences
         step("writing")

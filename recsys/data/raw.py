@@ -44,6 +44,8 @@ class RawEvents:
     time_unit: TimeUnit = "seconds"
     titles: dict[str, str] = field(default_factory=dict)
     """Raw item id -> title, where known."""
+    differences: tuple[str, ...] = ()
+    """Where the files are not as the card says, though they can be read."""
 
     def places(self, rows: Int[np.ndarray, " chosen"]) -> list[str]:
         """ "file line 3, user 'u', item 'i'" for the first few of some rows: what an error message points at."""

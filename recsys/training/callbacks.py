@@ -31,7 +31,7 @@ class EpochLog(pl.Callback):
         self.path = path
         self._started = 0.0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         kept = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():

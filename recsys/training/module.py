@@ -6,6 +6,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from recsys.data.batches import TrainBatches
@@ -104,6 +105,16 @@ class SequentialModule(pl.LightningModule):
         """Steps all but plateaus: those step where their metric is made, so that the epoch's checkpoint knows of it."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the norm. Lightning's own refuses a fused optimizer under mixed precision, for fp16's sake only."""
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config

@@ -6,6 +6,7 @@ import pytest
 
 from recsys.data.cards import DatasetCard
 from recsys.data.locate import locate_raw, sources_of
+from recsys.data.prepare import prepare
 from recsys.data.raw import RawEvents
 from recsys.data.schema import DataError
 from recsys.loading import ConfigError
@@ -157,10 +158,15 @@ def test_bad_maps(pair: MakeCard, folder: Path, write: Write, name: str, content
 
 
 @pytest.mark.parametrize("sizes", ["[2, 3]", "[3, 3]", "[3, 1]"])
-def test_map_and_domain_sizes_must_agree(pair: MakeCard, folder: Path, sizes: str) -> None:
-    read(pair("[3, 2]"), folder)
-    with pytest.raises(DataError, match=r"the map has \[3, 2\] items per domain"):
-        read(pair(sizes), folder)
+def test_map_and_domain_sizes_must_agree(pair: MakeCard, folder: Path, tmp_path: Path, sizes: str) -> None:
+    assert read(pair("[3, 2]"), folder).differences == ()
+    with pytest.raises(DataError, match=r"items in map_item_50.txt: \{'food': 3, 'kitchen': 2\}, the card's"):
+        prepare(pair(sizes), tmp_path, raw=folder)
+    accepted = prepare(pair(sizes), tmp_path, raw=folder, allow_changed_raw=True)
+    assert len(accepted.meta["published_differences"]) == 1
+    assert accepted.meta["counts"]["domains"]["food"]["items"] == 3  # the map is believed
+    with pytest.raises(DataError, match="does not have its published counts"):
+        prepare(pair(sizes), tmp_path, raw=folder)
 
 
 def test_a_card_must_say_where_the_domain_comes_from(card: MakeCard) -> None:

@@ -183,7 +183,7 @@ def test_seen_items_leave_full_rankings_only_when_asked():
 def test_c2dsr_lets_a_rival_win_by_a_hair_and_others_do_not():
     class ByAHair(Favours):
         def scores(self, batch: Batch, items: Tensor) -> Tensor:
-            return 5e-6 * torch.isin(items, self.items)
+            return 5e-6 * torch.isin(items, self.items).expand(len(batch.user), -1)
 
     config = EvalConfig(protocols=("c2dsr_999", "abxi_999"))
     rows = {row["protocol"]: row for row in tiny([1], target=6).evaluate(ByAHair(4, 5, 7), config).ranks.to_pylist()}

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +44,7 @@ class AbxiFormat(Config):
         return None
 
     def read(self, sources: Mapping[str, Source], domains: tuple[str, ...]) -> RawEvents:
-        """The events of the files that are there (`paths`: name in the card -> file)."""
+        """The events of the files that are there, by their names in the card."""
         paths = {name: source.path for name, source in sources.items()}
         path = paths[self.sequences]
         user, item, timestamp, line = _read_sequences(path)
@@ -79,6 +78,7 @@ class AbxiFormat(Config):
             users=self._users(paths, users),
             items=raw_items,
             files=(path.name,),
+            differences=self._differences(item_ids, item_domain, domains),
             titles=_read_titles(paths[self.titles]) if self.titles and self.titles in paths else {},
         )
 
@@ -86,16 +86,15 @@ class AbxiFormat(Config):
         self, paths: Mapping[str, Path], domains: tuple[str, ...]
     ) -> tuple[Int64[np.ndarray, " items"], Int16[np.ndarray, " items"], np.ndarray]:
         """Index, domain and raw id of every item, by ascending index."""
-        sizes = self.domain_sizes
-        bounds = [0, *accumulate(sizes)] if sizes else []
         if self.item_map is None or self.item_map not in paths:
-            if not bounds:
+            if self.domain_sizes is None:
                 raise DataError(
                     f"{self.item_map} is not there, and without it the domain of an item is unknown; "
                     "get the file, or give format.domain_sizes in the card"
                 )
-            ids = np.arange(1, bounds[-1] + 1)
-            return ids, np.searchsorted(bounds, ids).astype(np.int16) - 1, ids.astype(str).astype(object)
+            domain = np.repeat(np.arange(len(domains), dtype=np.int16), self.domain_sizes)
+            ids = np.arange(1, len(domain) + 1)
+            return ids, domain, ids.astype(str).astype(object)
         path = paths[self.item_map]
         entries = _read_json_object(path)
         ids, domain = _item_numbers(path, entries, len(domains))
@@ -109,16 +108,20 @@ class AbxiFormat(Config):
                 len(repeated),
                 "The map is damaged; get it again.",
             )
-        if bounds:
-            expected = np.searchsorted(bounds, ids).astype(np.int16) - 1
-            if ids[-1] > bounds[-1] or len(ids) != bounds[-1] or (expected != domain).any():
-                found = np.bincount(domain, minlength=len(domains)).tolist()
-                raise DataError(
-                    f"{path}: the map has {found} items per domain {list(domains)}, and the card's "
-                    f"format.domain_sizes says {list(sizes or ())} in this order of ids; one of them is of another "
-                    "version of the dataset"
-                )
         return ids, domain, np.array(list(entries), dtype=object)[order]
+
+    def _differences(
+        self, ids: Int64[np.ndarray, " items"], domain: Int16[np.ndarray, " items"], names: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """The map against `domain_sizes`, which say the same of the published files."""
+        if self.domain_sizes is None:
+            return ()
+        expected = np.repeat(np.arange(len(names)), self.domain_sizes)
+        if np.array_equal(domain, expected) and ids[-1] == len(ids):
+            return ()
+        found = dict(zip(names, np.bincount(domain, minlength=len(names)).tolist(), strict=True))
+        given = dict(zip(names, self.domain_sizes, strict=True))
+        return (f"items in {self.item_map}: {found}, the card's format.domain_sizes: {given}, in this order of ids",)
 
     def _users(self, paths: Mapping[str, Path], users: Int64[np.ndarray, " users"]) -> np.ndarray:
         """The raw id of each user index, which is the index itself where no map is."""
