@@ -70,6 +70,15 @@ class TrainerConfig(Config):
     tensorboard: bool = False
     """Also log for TensorBoard (needs the extra `tensorboard`)."""
 
+    @model_validator(mode="after")
+    def _validates(self) -> "TrainerConfig":
+        if self.validate_every > self.epochs:
+            raise ValueError(
+                f"validate_every is {self.validate_every} and epochs is {self.epochs}: no epoch would be validated, "
+                "and validation picks the checkpoint; lower validate_every"
+            )
+        return self
+
 
 class Experiment(Config):
     """One run. `cross: null` against `cross: {...}` in the model is the one key between baseline and treatment."""

@@ -53,7 +53,12 @@ class EpochLog(pl.Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": round(time.perf_counter() - self._started, 3),
         }
-        record |= {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
+        validated = _validated(trainer)
+        record |= {
+            key: float(value)
+            for key, value in sorted(trainer.callback_metrics.items())
+            if validated or not key.startswith("validation/")  # Lightning keeps those of an earlier epoch
+        }
         with self.path.open("a") as log:
             log.write(json.dumps(record) + "\n")
 
@@ -103,7 +108,7 @@ class EpochProgress(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
         line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  loss {float(metrics['train/loss']):8.4f}"
-        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+        if _validated(trainer):
             value = float(metrics[self.monitor])
             better = value > self._best
             self._best = max(self._best, value)
@@ -121,3 +126,8 @@ class EpochProgress(pl.Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _validated(trainer: pl.Trainer) -> bool:
+    """Whether the epoch that ends had a validation."""
+    return (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0

@@ -270,25 +270,33 @@ def _fit(
             inference_mode=False,
             deterministic="warn" if device.type == "cuda" else True,
         )
-        trainer.fit(
-            module,
-            train_dataloaders=batches,
-            val_dataloaders=eval_batches(experiment, data, experiment.eval, "validation", device),
-            ckpt_path=run.last if run.last.exists() else None,
-            weights_only=True,
-        )
+        if not _stopped_early(run, config):
+            trainer.fit(
+                module,
+                train_dataloaders=batches,
+                val_dataloaders=eval_batches(experiment, data, experiment.eval, "validation", device),
+                ckpt_path=run.last if run.last.exists() else None,
+                weights_only=True,
+            )
     load_weights(model, run.best, experiment)
-    value = best.best_model_score
-    assert value is not None
-    records = [record for record in run.read_log() if config.monitor in record]
-    epoch = max(records, key=lambda record: record[config.monitor])["epoch"]
+    log = run.read_log()
+    chosen = max((record for record in log if config.monitor in record), key=lambda record: record[config.monitor])
     return {
         "metric": config.monitor,
-        "value": float(value),
-        "epoch": epoch,
-        "epochs": run.read_log()[-1]["epoch"],
+        "value": chosen[config.monitor],
+        "epoch": chosen["epoch"],
+        "epochs": log[-1]["epoch"],
         "patience": config.patience,
     }
+
+
+def _stopped_early(run: RunDirectory, config: TrainerConfig) -> bool:
+    """Whether a run that is taken up again had ended its training: Lightning would train it for one more epoch."""
+    if config.patience is None or not run.last.exists():
+        return False
+    callbacks = torch.load(run.last, map_location="cpu", weights_only=True)["callbacks"]
+    [state] = [state for name, state in callbacks.items() if name.startswith("EarlyStopping")]
+    return bool(state["wait_count"] >= config.patience)
 
 
 @contextlib.contextmanager

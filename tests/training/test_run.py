@@ -276,6 +276,8 @@ def test_validation_does_not_disturb_training(tmp_path: Path) -> None:
         trainer = TINY["trainer"] | {"epochs": 2, "validate_every": every, "patience": None}
         run = run_it(experiment(trainer=trainer, optim={"lr": 1e-2}), tmp_path)
         weights.append(torch.load(run.last, weights_only=True)["state_dict"])
+        validated = ["validation/macro/ndcg@10" in record for record in run.read_log()]
+        assert validated == [epoch % every == 0 for epoch in (1, 2)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
