@@ -234,7 +234,8 @@ def data_list(data_root: DataRoot = None) -> None:
 
         table = Table("dataset", "title", "domains", "raw files", "prepared")
         for status in list_datasets(data_root):
-            domains = ", ".join(status.card.domains[:5]) + (", …" if len(status.card.domains) > 5 else "")
+            names = status.card.prepare.domains or status.card.domains
+            domains = ", ".join(names[:5]) + (f", … ({len(names)})" if len(names) > 5 else "")
             prepared = ", ".join(path.name for path in status.prepared) or "–"
             table.add_row(status.card.name, status.card.title, domains, str(status.raw or "–"), prepared)
         _console().print(table)

@@ -59,10 +59,10 @@ class SyntheticConfig(Config):
     """Share of users who are active in more than one domain (2 to all of them); nobody is where there is only one."""
     zipf: float = Field(0.8, ge=0)
     """Within a domain the r-th most popular item is drawn in proportion to 1 / r^zipf."""
-    shared_interests: int = Field(16, ge=1)
+    shared_interests: int = Field(20, ge=1)
     private_interests: int = Field(4, ge=0)
     """Per domain."""
-    temperature: float = Field(0.25, ge=0.05)
+    temperature: float = Field(0.2, ge=0.05)
     """Lower makes an interest choose among fewer items."""
     drift: Share = 0.25
     """Chance of a new interest at an event."""

@@ -192,6 +192,35 @@ def test_oracles_by_enumeration(num_domains: int, seed: int, others: bool) -> No
 
 
 @pytest.mark.parametrize("num_domains", [1, 2, 3])
+def test_interests_change_as_they_should(num_domains: int) -> None:
+    setting = config(
+        num_domains=num_domains, num_users=2000, drift=0.2, transfer=0.4, shared_interests=4, private_interests=2
+    )
+    synthetic = generate(setting)
+    outcomes: dict[str, list[bool]] = {"adopts": [], "keeps": [], "keeps for itself": []}
+    for user in range(setting.num_users):
+        held: dict[int, int] = {}
+        for position in range(*synthetic.sequences.offsets[user : user + 2]):
+            domain, interest = int(synthetic.sequences.domains[position]), int(synthetic.truth.interests[position])
+            elsewhere = next((other for other in reversed(held) if other != domain), None)  # the last one shown
+            own, other = held.pop(domain, None), None if elsewhere is None else held[elsewhere]
+            held[domain] = interest  # at the end of the order
+            if own is None:
+                continue
+            if other is None or max(own, other) >= 4:
+                outcomes["keeps for itself"].append(interest == own)
+            elif own != other:
+                outcomes["adopts"].append(interest == other)
+                outcomes["keeps"].append(interest == own)
+    fresh = 0.2 / 6
+    expected = {"adopts": fresh + 0.8 * 0.4, "keeps": fresh + 0.8 * 0.6, "keeps for itself": fresh + 0.8}
+    for name, happened in outcomes.items():
+        if num_domains > 1 or name == "keeps for itself":
+            assert len(happened) > 2000
+            assert np.mean(happened) == pytest.approx(expected[name], abs=0.03)
+
+
+@pytest.mark.parametrize("num_domains", [1, 2, 3])
 @pytest.mark.parametrize("others", [True, False])
 def test_data_follow_the_oracles(num_domains: int, others: bool) -> None:
     """Log-likelihoods vary around their own expectations: no predictor but the true one does that everywhere."""

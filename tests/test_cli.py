@@ -1,0 +1,186 @@
+"""The command as a person types it: what it prints, what it refuses and how."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from recsys.cli import app
+from recsys.experiment import Experiment
+from recsys.loading import dump_yaml, parse_config
+
+CARD = """
+name: shop
+title: A small shop
+source: made for this test
+licence: none
+format: {name: table, type: csv, columns: {user: who, item: what, domain: where, timestamp: when}, time_unit: s}
+files: {events.csv: {}}
+domains: [books, films]
+"""
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "data": {
+        "source": {"name": "synthetic", "num_users": 60, "items_per_domain": 120, "mean_events": 14, "max_events": 30}
+    },
+    "model": {"name": "sasrec", "d_model": 8, "d_ff": 16, "num_layers": 1, "num_heads": 1},
+    "loss": {"name": "softmax"},
+    "trainer": {"epochs": 1, "batch_size": 16, "device": "cpu"},
+    "eval": {"bootstrap_samples": 20, "permutations": 100},
+}
+
+
+def command(*words: object) -> Result:
+    return CliRunner(env={"RECSYS_DATA": None, "COLUMNS": "160"}).invoke(app, [str(word) for word in words])
+
+
+def refused(result: Result) -> str:
+    """The one message of a command that was refused: no traceback, nothing on standard output."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two finished runs of one experiment and one of another, and their configs."""
+    place = tmp_path_factory.mktemp("work")
+    popular = TINY | {"name": "popular", "model": {"name": "popularity"}, "loss": None}
+    for values, seed in ((TINY, 0), (TINY, 1), (popular, 0)):
+        path = place / f"{values['name']}.yaml"
+        path.write_text(dump_yaml(parse_config(values, Experiment, "test")))
+        result = command("train", "-c", path, "--runs-dir", place / "runs", "-s", f"seed={seed}")
+        assert result.exit_code == 0, result.output
+        assert "domain_1" in result.output
+        assert "macro" in result.output
+        assert "NDCG@10" in result.output
+    return place
+
+
+def runs(workplace: Path, name: str) -> list[Path]:
+    return sorted((workplace / "runs").glob(f"{name}-*"))
+
+
+def test_train_again_shows_the_numbers_of_the_finished_run(workplace: Path) -> None:
+    again = command("train", "-c", workplace / "tiny.yaml", "--runs-dir", workplace / "runs")
+    assert "is done" in again.output
+    assert "NDCG@10" in again.output
+
+
+def test_print_config_resolves_and_counts(workplace: Path) -> None:
+    result = command("train", "-c", workplace / "tiny.yaml", "-s", "model.d_model=16", "--print-config")
+    assert "d_model: 16" in result.output
+    counts = {
+        words[1]: int(words[2].replace(",", ""))
+        for words in (line.split() for line in result.output.splitlines())
+        if len(words) == 3 and words[0] == "#"
+    }
+    assert counts["item_table"] == 241 * 16
+    assert counts["total"] == sum(count for group, count in counts.items() if group != "total")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-s", "model.d_modle=3"], "model.d_modle: unknown key; did you mean model.d_model?"),
+        (["-s", "model.d_model=x"], "model.d_model: input should be a valid integer"),
+        (["-s", "loss=null"], "loss: this key is missing"),
+        (["-s", "loss={name: bce}"], "negatives: this key is missing; the loss 'bce' draws negatives"),
+        (["-s", "negatives={name: uniform}"], "nothing here draws negatives"),
+        (["-s", "model.num_heads=3"], "num_heads"),
+        (["-s", "data.domain=domain_3"], "domain_3"),
+        (["-s", "trainer.device=cuda"], "sees no GPU"),
+        (["-s", "trainer.validate_every=9"], "no epoch would be validated"),
+        (["-s", "data.source={name: dataset, dataset: amazon-akf}"], "did you mean amazon-afk?"),
+    ],
+)
+def test_what_train_refuses(workplace: Path, tmp_path: Path, words: list[str], message: str) -> None:
+    if "cuda" in words[1] and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    result = command("train", "-c", workplace / "tiny.yaml", "--runs-dir", tmp_path / "runs", *words)
+    assert message in refused(result)
+    assert not list(tmp_path.glob("runs/*/final.json"))
+
+
+def test_train_without_its_data_says_what_to_do(workplace: Path, tmp_path: Path) -> None:
+    source = "data.source={name: dataset, dataset: amazon-afk}"
+    result = command("train", "-c", workplace / "tiny.yaml", "-s", source, "--data-root", tmp_path)
+    assert "recsys data prepare amazon-afk --raw DIR" in refused(result)
+
+
+def test_evaluate_gives_back_the_numbers_and_any_protocol(workplace: Path, tmp_path: Path) -> None:
+    run = runs(workplace, "tiny")[0]
+    output = tmp_path / "numbers.json"
+    result = command("evaluate", run, "-p", "full", "-p", "uni_100", "-o", output)
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(output.read_text())["metrics"]
+    final = json.loads((run / "final.json").read_text())["metrics"]
+    assert {key: numbers[key] for key in final} == final
+    assert "test/macro/ndcg@10[uni_100]" in numbers
+    assert (tmp_path / "numbers.ranks.parquet").exists()
+    assert "eval.protocols" in refused(command("evaluate", run, "-p", "abxi_99")).replace("eval:\n  ", "eval.")
+    assert "not a run directory" in refused(command("evaluate", workplace))
+
+
+def test_compare_pairs_the_arms_and_pools_their_seeds(workplace: Path) -> None:
+    result = command("compare", *runs(workplace, "popular"), *runs(workplace, "tiny"))
+    assert result.exit_code == 0, result.output
+    assert "tiny against popular" in result.output
+    assert "test/macro/ndcg@10" in result.output
+    assert "at least two names" in refused(command("compare", *runs(workplace, "tiny")))
+
+
+def test_compare_refuses_other_targets(workplace: Path, tmp_path: Path) -> None:
+    split = ["-s", "data.split.name=per_domain_last", "-s", "name=other"]
+    command("train", "-c", workplace / "tiny.yaml", "--runs-dir", tmp_path, *split)
+    message = refused(command("compare", runs(workplace, "popular")[0], next(tmp_path.glob("other-*"))))
+    assert "cannot be compared" in message
+    assert "split" in message
+
+
+def test_results_in_every_format(workplace: Path) -> None:
+    markdown = command("results", workplace / "runs", "-f", "markdown", "-m", "hr@10").output.splitlines()
+    assert markdown[0].startswith("| run | seed | parameters | HR@10 domain_1 |")
+    assert len(markdown) == 2 + 3
+    assert r"\toprule" in command("results", workplace / "runs", "-f", "latex").output
+    assert command("results", workplace / "runs", "-f", "csv").output.startswith("run,seed,parameters,NDCG@10 domain_1")
+    assert "popular-" in command("results", workplace / "runs").output
+    assert "no run directory" in refused(command("results", workplace / "nowhere"))
+    assert "no finished run has such a number" in refused(command("results", workplace / "runs", "-m", "ndcg@7"))
+
+
+def test_data_commands(tmp_path: Path) -> None:
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "shop.yaml").write_text(CARD)
+    raw = tmp_path / "here"
+    raw.mkdir()
+    days = [
+        f"{user},{domain}{k},{domain},{1_400_000_000 + 86_400 * k}"
+        for user in "abc"
+        for k, domain in enumerate(["books", "films"] * 3)
+    ]
+    (raw / "events.csv").write_text("who,what,where,when\n" + "\n".join(days) + "\n")
+    assert "raw files of shop are missing" in refused(command("data", "prepare", "shop", "--data-root", tmp_path))
+    prepared = command("data", "prepare", "shop", "--raw", raw, "--data-root", tmp_path)
+    assert prepared.exit_code == 0, prepared.output
+    for words in (["data", "describe", "shop"], ["data", "list"]):
+        assert "books" in command(*words, "--data-root", tmp_path).output
+    assert "did you mean shop?" in refused(command("data", "describe", "shopp", "--data-root", tmp_path))
+    wrong = command("data", "prepare", "shop", "--raw", raw, "--data-root", tmp_path, "--ties", "file_ordr")
+    assert "file_order" in refused(wrong)
+
+
+def test_help_answers_at_once() -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "recsys.cli", "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 10, "far above the second it takes, for slow machines"
+    for name in ("train", "evaluate", "compare", "results", "data"):
+        assert name in done.stdout
