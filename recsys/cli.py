@@ -167,6 +167,26 @@ def evaluate(
 
 
 @app.command()
+def recommend(
+    run: Annotated[Path, typer.Argument(help="A finished run on a dataset.", show_default=False)],
+    history: Annotated[str, typer.Option("--history", help="Raw item ids in time order, oldest first: A,B,C.")],
+    domain: Annotated[str, typer.Option("--domain", "-d", help="Domain to recommend from.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    data_root: DataRoot = None,
+) -> None:
+    """The items that follow a history, which need not be of any user in the data. Items of the history are left out."""
+    with clear_errors():
+        from rich.table import Table
+
+        from recsys.training.recommend import recommend_items
+
+        table = Table("rank", "item", "title", "score")
+        for rank, (item, title, score) in enumerate(recommend_items(run, history.split(","), domain, k, data_root), 1):
+            table.add_row(str(rank), item, title or "–", f"{score:.3f}")
+        _console().print(table)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs; the first is the baseline.", show_default=False)],
     metric: Annotated[

@@ -10,7 +10,7 @@ from torch import nn
 
 from recsys.data.batches import make_catalog
 from recsys.data.policies import PrepareOptions, unknown_domain
-from recsys.data.prepare import load_prepared
+from recsys.data.prepare import load_items, load_prepared
 from recsys.data.sequences import Sequences
 from recsys.data.split import LeaveOneOut, Split, SplitConfig, make_split
 from recsys.data.synthetic import SyntheticConfig
@@ -36,6 +36,10 @@ class DatasetSource(Config):
     def sequences(self, data_root: Path | None) -> Sequences:
         """The prepared dataset, prepared first if only its raw files are there."""
         return load_prepared(self.dataset, data_root, self.options)[0]
+
+    def items(self, data_root: Path | None) -> dict[str, tuple[int, str | None]]:
+        """Raw id -> item id and title."""
+        return load_items(self.dataset, data_root, self.options)
 
 
 class DataConfig(Config):

@@ -157,25 +157,57 @@ def test_results_in_every_format(workplace: Path) -> None:
     assert "no finished run has such a number" in refused(command("results", workplace / "runs", "-m", "ndcg@7"))
 
 
-def test_data_commands(tmp_path: Path) -> None:
-    (tmp_path / "cards").mkdir()
-    (tmp_path / "cards" / "shop.yaml").write_text(CARD)
-    raw = tmp_path / "here"
-    raw.mkdir()
-    days = [
-        f"{user},{domain}{k},{domain},{1_400_000_000 + 86_400 * k}"
-        for user in "abc"
-        for k, domain in enumerate(["books", "films"] * 3)
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the card of a small shop, and its raw files in the folder `here`."""
+    root = tmp_path_factory.mktemp("shop")
+    (root / "cards").mkdir()
+    (root / "cards" / "shop.yaml").write_text(CARD)
+    (root / "here").mkdir()
+    lines = [
+        f"{user},{domain}-{(step + user) % 7},{domain},{1_400_000_000 + 86_400 * step}"
+        for user in range(12)
+        for step, domain in enumerate(["books", "films"] * 3)
     ]
-    (raw / "events.csv").write_text("who,what,where,when\n" + "\n".join(days) + "\n")
-    assert "raw files of shop are missing" in refused(command("data", "prepare", "shop", "--data-root", tmp_path))
-    prepared = command("data", "prepare", "shop", "--raw", raw, "--data-root", tmp_path)
+    (root / "here" / "events.csv").write_text("\n".join(["who,what,where,when", *lines, ""]))
+    return root
+
+
+def test_data_commands(shop: Path) -> None:
+    raw = ("--raw", shop / "here", "--data-root", shop)
+    prepared = command("data", "prepare", "shop", *raw)
     assert prepared.exit_code == 0, prepared.output
     for words in (["data", "describe", "shop"], ["data", "list"]):
-        assert "books" in command(*words, "--data-root", tmp_path).output
-    assert "did you mean shop?" in refused(command("data", "describe", "shopp", "--data-root", tmp_path))
-    wrong = command("data", "prepare", "shop", "--raw", raw, "--data-root", tmp_path, "--ties", "file_ordr")
-    assert "file_order" in refused(wrong)
+        assert "books" in command(*words, "--data-root", shop).output
+    assert "did you mean shop?" in refused(command("data", "describe", "shopp", "--data-root", shop))
+    assert "file_order" in refused(command("data", "prepare", "shop", *raw, "--ties", "file_ordr"))
+
+
+def test_missing_raw_files_are_named(tmp_path: Path) -> None:
+    message = refused(command("data", "prepare", "amazon-afk", "--raw", tmp_path, "--data-root", tmp_path))
+    assert "raw files of amazon-afk are missing" in message
+    assert "afk_50_preprocessed.txt" in message
+
+
+def test_recommend_for_a_history_of_nobody(shop: Path) -> None:
+    command("data", "prepare", "shop", "--raw", shop / "here", "--data-root", shop)
+    values = TINY | {"data": {"source": {"name": "dataset", "dataset": "shop"}}, "name": "shop"}
+    (shop / "shop.yaml").write_text(dump_yaml(parse_config(values, Experiment, "test")))
+    place = ("--runs-dir", shop / "runs", "--data-root", shop)
+    trained = command("train", "-c", shop / "shop.yaml", *place)
+    assert trained.exit_code == 0, trained.output
+    [run] = (shop / "runs").iterdir()
+
+    def asked(history: str, domain: str) -> Result:
+        return command("recommend", run, "--history", history, "-d", domain, "-k", 4, "--data-root", shop)
+
+    shown = asked("books-1,films-2,books-5", "books").output
+    found = [name for name in (f"books-{k}" for k in range(7)) if name in shown]
+    assert len(found) == 4
+    assert not {"books-1", "books-5"} & set(found), "what the history has is not recommended"
+    assert "films-" not in shown
+    assert "did you mean books-1?" in refused(asked("bookz-1", "books"))
+    assert "did you mean 'films'?" in refused(asked("books-1", "film"))
 
 
 def test_help_answers_at_once() -> None:

@@ -165,6 +165,17 @@ def load_prepared(
     return Sequences.load(path), read_meta(path)
 
 
+def load_items(
+    dataset: str, data_root: Path | str | None = None, options: PrepareOptions | None = None
+) -> dict[str, tuple[int, str | None]]:
+    """Raw id -> item id and title of a prepared dataset."""
+    root = resolve_data_root(data_root)
+    card = load_card(dataset, root)
+    path = variant_path(card, root, card.prepare if options is None else options) / "items.parquet"
+    table = pa.parquet.read_table(path).to_pydict()
+    return dict(zip(table["raw_item"], zip(table["item"], table["title"], strict=True), strict=True))
+
+
 def variant_path(card: DatasetCard, data_root: Path, options: PrepareOptions) -> Path:
     """Where a dataset lies once it is prepared in this way: the hash covers how it is read and what is done to it."""
     reading = card.model_dump(mode="json", include={"name", "format", "files", "domains"})

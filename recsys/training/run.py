@@ -110,11 +110,7 @@ def evaluate_model(
     model: nn.Module, experiment: Experiment, data: Data, config: EvalConfig, stage: Split, device: torch.device
 ) -> Evaluation:
     """Ranks of a stage's targets under the protocols of `config`."""
-    model = model.to(device).eval()
-    if experiment.counts:
-        scorer = cast("Scorer", model)
-    else:
-        scorer = DotScorer(cast("Recommender", model), experiment.data.max_len)
+    scorer = make_scorer(model.to(device).eval(), experiment)
     return evaluate(
         scorer,
         eval_batches(experiment, data, config, stage, device),
@@ -123,6 +119,13 @@ def evaluate_model(
         split=stage,
         split_hash=data.split.hash,
     )
+
+
+def make_scorer(model: nn.Module, experiment: Experiment) -> Scorer:
+    """What ranks for a model: the model itself where it counts, its dot products where it was trained."""
+    if experiment.counts:
+        return cast("Scorer", model)
+    return DotScorer(cast("Recommender", model), experiment.data.max_len)
 
 
 def eval_batches(

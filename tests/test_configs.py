@@ -1,0 +1,44 @@
+"""Every committed experiment can be read, builds its model, and says what it is for."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from recsys.experiment import Experiment
+from recsys.loading import load_yaml
+from recsys.models import count_parameters
+from recsys.types import NO_DOMAIN, Catalog
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_there_are_configs() -> None:
+    assert ROOT / "configs" / "synthetic.yaml" in CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_config(path: Path) -> None:
+    experiment = load_yaml(path, Experiment)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for key in ("Purpose:", "Command:", "Expect:", "Time:"):
+        assert any(line.startswith(f"# {key}") for line in header), f"the header lacks `# {key} …`"
+    command = next(line for line in header if line.startswith("# Command:"))
+    assert re.search(rf"--config {path.relative_to(ROOT)}\b", command) or path.name == "synthetic.yaml"
+    catalog = Catalog(("a", "b"), torch.tensor([NO_DOMAIN, 0, 0, 1]), torch.tensor([0, 1, 1, 1]))
+    counts = count_parameters(experiment.model.build(catalog, experiment.data.max_len))
+    assert counts["total"] == sum(count for group, count in counts.items() if group != "total")
+
+
+def test_baseline_and_treatment_differ_in_one_key() -> None:
+    """`cross: null` against `cross: {...}` is all that separates them, but for the name."""
+    folder = ROOT / "configs" / "amazon_afk"
+    baseline, treatment = (
+        load_yaml(folder / f"{name}.yaml", Experiment).model_dump() for name in ("cross_domain_null", "cross_domain")
+    )
+    assert baseline["model"].pop("cross") is None
+    assert treatment["model"].pop("cross") is not None
+    assert baseline.pop("name") != treatment.pop("name")
+    assert baseline == treatment
