@@ -153,7 +153,7 @@ def test_in_batch_over_all_domains_bars_nothing():
 )
 def test_a_domain_of_one_item_is_an_error_that_names_it(config):
     catalog = Catalog(("food", "toys"), torch.tensor([NO_DOMAIN, 0, 0, 1]), torch.tensor([0, 1, 1, 1]))
-    with pytest.raises(ValueError, match="domain 'toys' has 1 item.*one item has no negative"):
+    with pytest.raises(ValueError, match=r"domain 'toys' has 1 item.*one item has no negative"):
         config.build(catalog, seeded())
     config.model_copy(update={"scope": "all"}).build(catalog, seeded())
 
