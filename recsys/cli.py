@@ -60,9 +60,7 @@ def clear_errors() -> Iterator[None]:
         from recsys.evaluation import IncomparableRuns, NonFiniteScores
         from recsys.results import RunError
 
-        if isinstance(error, DataError | RunError | IncomparableRuns | NonFiniteScores):
-            _stop(error)
-        if type(error).__name__ == "TrainingError":  # of recsys.training, too dear to import for an error
+        if isinstance(error, DataError | RunError | IncomparableRuns | NonFiniteScores | OSError):
             _stop(error)
         raise
 
@@ -111,7 +109,7 @@ def train(
             return
 
         data = load_data(experiment.data, data_root)
-        from recsys.report.tables import run_tables
+        from recsys.report.tables import caveats, run_tables
         from recsys.training.run import train as train_run
 
         console = _console()
@@ -119,6 +117,8 @@ def train(
         final = run.read_final()
         for table in run_tables(final["metrics"], final["data"]["domains"], experiment.eval.protocols):
             console.print(table)
+        for note in caveats(final):
+            console.print(note, highlight=False, style="dim")
         console.print(f"run     {run.path}", highlight=False, soft_wrap=True)
         if run.curve.exists():
             console.print(f"figure  {run.curve}", highlight=False, soft_wrap=True)

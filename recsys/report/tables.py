@@ -41,6 +41,23 @@ def run_tables(
         yield table
 
 
+def caveats(final: dict[str, Any]) -> Iterator[str]:
+    """What to know before a run's numbers are read: ties and leaks of its split, cold items, repeated targets."""
+    split = final["data"]["split"]
+    if split["tied_test_share"] is not None:
+        yield (
+            f"split {split['name']}: {100 * split['tied_test_share']:.1f} % of the test events share their timestamp "
+            f"with the event before; {100 * split['later_train_share']:.1f} % of the training events are later than "
+            "a test event, on average"
+        )
+    for domain, counts in final["counts"].items():
+        yield (
+            f"{domain}: {counts['candidates']:,} candidates, {counts['cold_candidates']:,} of them without a training "
+            f"event, and {counts['cold_targets']:,} of the targets; {counts['repeated_targets']:,} targets repeat an "
+            "item of their history"
+        )
+
+
 def comparison_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]:
     """One table per treatment: differences to the baseline with their intervals, effect sizes and p-values."""
     for treatment in dict.fromkeys(comparison.treatment for comparison in comparisons):

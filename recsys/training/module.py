@@ -14,11 +14,8 @@ from recsys.evaluation import DotScorer, EvalBatch, rank_full
 from recsys.evaluation.ranks import Seen
 from recsys.evaluation.running import RankingMetrics
 from recsys.optim import OptimConfig
+from recsys.results import RunError
 from recsys.types import Batch, Catalog, NegativeSampler, Recommender
-
-
-class TrainingError(Exception):
-    """Training that cannot go on; the message says where it stopped and what to try."""
 
 
 class SequentialModule(pl.LightningModule):
@@ -86,7 +83,7 @@ class SequentialModule(pl.LightningModule):
         values = self.metrics.compute()
         self.metrics.reset()
         if self.monitor not in values:
-            raise TrainingError(
+            raise RunError(
                 f"trainer.monitor: there is no metric {self.monitor!r}; validation gives {', '.join(sorted(values))}"
             )
         self.log_dict({key: value.float() for key, value in values.items()})
@@ -96,7 +93,7 @@ class SequentialModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         loss = float(self.trainer.callback_metrics["train/loss"])
         if not np.isfinite(loss):
-            raise TrainingError(
+            raise RunError(
                 f"the training loss of epoch {self.current_epoch + 1} is {loss}; "
                 "try a lower optim.lr, a trainer.gradient_clip, or trainer.precision=32-true"
             )

@@ -108,6 +108,9 @@ def test_holm_spans_all_comparisons_of_a_call():
     ]
     smallest = min(found, key=lambda one: one.p_wilcoxon)
     assert smallest.p_wilcoxon_holm == pytest.approx(min(1, 16 * smallest.p_wilcoxon))
+    smallest = min(found, key=lambda one: one.p_permutation)
+    assert smallest.p_permutation_holm == pytest.approx(min(1, 16 * smallest.p_permutation))
+    assert smallest.p_permutation_holm > smallest.p_permutation
     assert all(one.p_permutation_holm >= one.p_permutation for one in found)
 
 

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from recsys.evaluation import EvalConfig, NonFiniteScores, RanksInfo, evaluate, rank_full, summarize
+from recsys.evaluation.coverage import Coverage
 from recsys.evaluation.evaluate import Evaluation
 from recsys.evaluation.protocols import PROTOCOLS
+from recsys.evaluation.rank import RankInterval
 from recsys.evaluation.ranks import RANKS_SCHEMA
 from recsys.evaluation.running import RankingMetrics
 from recsys.types import Batch, Catalog
@@ -228,6 +230,20 @@ def test_coverage_by_hand():
     }
 
 
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [
+        ([4.0, 2.0, 2.0, 1.0], 0.5),  # the first for sure, one of the next two
+        ([4.0, -math.inf, -math.inf, -math.inf], 0.25),  # a list of one: what is left out does not fill it up
+        ([2.0, 2.0, 2.0, -math.inf], 0.5),
+    ],
+)
+def test_coverage_of_one_list_of_two(scores: list[float], share: float):
+    coverage = Coverage(num_items=4, ks=(2,))
+    coverage.update(torch.tensor([scores]))
+    assert coverage.shares() == (pytest.approx(share),)
+
+
 def test_coverage_of_tied_lists_is_an_expectation():
     coverage = WORLD.evaluate(Constant(), EvalConfig(ks=(10,), seen="none", protocols=("full", "all"))).coverage
     assert coverage["test/food/coverage@10"] == pytest.approx(1 - (1 - 10 / 1100) ** 40)
@@ -277,3 +293,12 @@ def test_running_metrics_skip_a_domain_without_targets():
     found = running.compute()
     assert "validation/garden/ndcg@10" not in found
     assert found["validation/macro/ndcg@10"] == 1
+
+
+def test_running_metrics_leave_out_what_is_undefined():
+    running = RankingMetrics("validation", ("food",), (10,))
+    ranks = RankInterval(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([1, 5]))
+    running.update(ranks, torch.zeros(2), torch.zeros(2, dtype=torch.long))
+    found = running.compute()
+    assert found["validation/food/auc"] == 0.75
+    assert found["validation/food/mrr"] == 0.75

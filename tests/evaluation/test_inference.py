@@ -12,8 +12,10 @@ from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, ranks_table
 CONFIG = EvalConfig(ks=(1, 10), bootstrap_samples=400)
 
 
-def table(rows: list[tuple[int, str, int]], protocol: str = "full", ties: int = 0) -> pa.Table:
-    """Ranks of (user, domain, rank) among 101 candidates."""
+def table(
+    rows: list[tuple[int, str, int]], protocol: str = "full", ties: int = 0, candidates: dict[int, int] | None = None
+) -> pa.Table:
+    """Ranks of (user, domain, rank) among 101 candidates, or as many as `candidates` says for a user."""
     records = [
         {
             "protocol": protocol,
@@ -23,7 +25,7 @@ def table(rows: list[tuple[int, str, int]], protocol: str = "full", ties: int = 
             "history": 5,
             "greater": place - 1,
             "ties": ties,
-            "candidates": 101,
+            "candidates": (candidates or {}).get(user, 101),
             "cross_entropy": None,
         }
         for number, (user, domain, place) in enumerate(rows)
@@ -103,6 +105,18 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.90 <= covered / simulations <= 0.99
 
 
+def test_an_undefined_value_takes_no_part():
+    """AUC of user 1, whose only candidate is the target; in domain b it is defined for nobody."""
+    ranks = table([(0, "a", 3), (1, "a", 1), (1, "b", 1)], candidates={1: 1})
+    found = summarize(ranks, CONFIG)
+    assert [found[f"test/{group}/auc"].value for group in ("a", "macro", "micro")] == [0.98] * 3
+    assert [found[f"test/{group}/auc"].n for group in ("a", "macro", "micro")] == [1] * 3
+    assert "test/b/auc" not in found
+    assert found["test/micro/hr@1"].n == 2
+    sums = user_sums(ranks, "full", ("auc",), "average")
+    assert np.isnan(sums.contributions()[:, :, 0]).tolist() == [[False, True, False, False], [True] * 4]
+
+
 def test_contributions_add_up_to_the_means():
     generator = np.random.default_rng(4)
     rows = [
@@ -128,6 +142,12 @@ def test_an_enumerated_permutation_test_agrees_with_scipy(values: list[int]):
         n_resamples=np.inf,
     )
     assert permutation_test(differences, 10_000, seed=0) == pytest.approx(theirs.pvalue)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rounding_does_not_hide_the_observed_pattern(seed: int):
+    """Where all differences are positive, only the observed pattern and its mirror are as extreme."""
+    assert permutation_test(np.random.default_rng(seed).random(11), 10_000, seed=0) == 2 / 2**11
 
 
 def test_a_drawn_permutation_test_agrees_with_enumeration():

@@ -45,7 +45,9 @@ def test_seen_items_and_padding_never_come_back():
 
 
 def test_equal_scores_come_in_the_order_of_ids():
-    assert recommend(Constant(), question([1]), CATALOG, domain=0, k=3, seen=None)[0].tolist() == [[1, 3, 6]]
+    world = make_world((1100, 1300), users=1)
+    items, _ = recommend(Constant(), question([1]), world.catalog, domain=1, k=300, seen=None)
+    assert items.tolist() == [list(range(1101, 1401))]
 
 
 def test_the_list_agrees_with_the_ranks_of_an_evaluation():

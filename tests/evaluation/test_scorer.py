@@ -72,6 +72,22 @@ def test_scores_do_not_depend_on_the_other_rows_to_the_last_bit():
     assert together.dtype == torch.float32
 
 
+def test_a_model_sees_one_shape_only():
+    shapes = set()
+
+    class Watched(Attention):
+        def forward(self, batch: Batch) -> Tensor:
+            shapes.add(tuple(batch.items.shape))
+            return super().forward(batch)
+
+    scorer = DotScorer(Watched(WORLD.catalog.num_items).eval(), max_len=9, rows=32)
+    with torch.no_grad():
+        for size in (1, 31, 32, 33, 150):
+            rows = next(WORLD.batches(size, max_len=7))
+            assert scorer.scores(rows.batch, WORLD.catalog.items_of(0)).shape == (min(size, 150), 120)
+    assert shapes == {(32, 9)}
+
+
 def test_a_model_that_still_drops_out_is_refused():
     rows = next(WORLD.batches(3))
     with pytest.raises(AssertionError, match="eval"):

@@ -19,7 +19,7 @@ from rich.console import Console
 from recsys.experiment import Experiment, load_data
 from recsys.loading import dump_yaml, parse_config
 from recsys.results import RunDirectory, RunError
-from recsys.training.module import TrainingError, epoch_seed
+from recsys.training.module import epoch_seed
 from recsys.training.run import evaluate_model, open_run, train
 
 CPU = torch.device("cpu")
@@ -236,7 +236,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 
 def test_an_unknown_monitor_names_the_metrics_there_are(tmp_path: Path) -> None:
     config = experiment(trainer=TINY["trainer"] | {"monitor": "validation/macro/ndgc@10"})
-    with pytest.raises(TrainingError, match="validation/macro/ndcg@10"):
+    with pytest.raises(RunError, match="validation/macro/ndcg@10"):
         run_it(config, tmp_path)
 
 
