@@ -224,15 +224,18 @@ def results(
     runs: Annotated[list[Path] | None, typer.Argument(help="Runs, or folders of runs. Default: runs.")] = None,
     protocol: Annotated[str, typer.Option("--protocol", "-p", help="Ranking protocol of the numbers.")] = "full",
     metric: Annotated[list[str] | None, typer.Option("--metric", "-m", help="Repeatable. Default: ndcg@10.")] = None,
+    by_seed: Annotated[
+        bool, typer.Option("--seeds", help="One row per experiment: mean and standard deviation over its seeds.")
+    ] = False,
     format_: Annotated[Literal["table", "markdown", "latex", "csv"], typer.Option("--format", "-f")] = "table",
 ) -> None:
     """Many runs as one table, each number with its 95 % interval."""
     with clear_errors():
-        from recsys.report.tables import render, results_frame, rich_table
+        from recsys.report.tables import render, results_frame, rich_table, seeds_frame
         from recsys.results import RunError, find_runs, load
 
         found = find_runs(runs or [Path("runs")])
-        frame = results_frame(load(found), metric or ["ndcg@10"], protocol)
+        frame = (seeds_frame if by_seed else results_frame)(load(found), metric or ["ndcg@10"], protocol)
         if frame.empty:
             raise RunError("no finished run has such a number here; `recsys train` makes runs")
         if format_ == "table":

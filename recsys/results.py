@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
+COLUMNS = ["run", "name", "seed", "parameters", "seconds", "commit", "key", "value", "low", "high", "n"]
+"""Of the table of many runs."""
+
 State = Literal["new", "partial", "done", "failed"]
 
 
@@ -161,7 +164,7 @@ def find_runs(paths: Iterable[Path]) -> list[RunDirectory]:
 
 
 def load(runs: Iterable[RunDirectory]) -> pd.DataFrame:
-    """One row per finished run and metric: run, name, seed, parameters, key, value, low, high, n.
+    """One row per finished run and metric: run, name, seed, parameters, seconds, commit, key, value, low, high, n.
 
     Runs that are not finished have no row: a failure is never a number.
     """
@@ -171,6 +174,8 @@ def load(runs: Iterable[RunDirectory]) -> pd.DataFrame:
             continue
         final = run.read_final()
         about: dict[str, Any] = {"run": run.path.name, "name": final["name"], "seed": final["seed"]}
+        environment = json.loads(run.environment.read_text())
         about["parameters"] = final["parameters"]["total"]
+        about |= {"seconds": environment["seconds"], "commit": environment["commit"]}
         rows.extend({**about, "key": key, **interval} for key, interval in final["metrics"].items())
-    return pd.DataFrame(rows, columns=["run", "name", "seed", "parameters", "key", "value", "low", "high", "n"])
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -148,11 +148,14 @@ def test_compare_refuses_other_targets(workplace: Path, tmp_path: Path) -> None:
 
 def test_results_in_every_format(workplace: Path) -> None:
     markdown = command("results", workplace / "runs", "-f", "markdown", "-m", "hr@10").output.splitlines()
-    assert markdown[0].startswith("| run | seed | parameters | HR@10 domain_1 |")
+    assert markdown[0].startswith("| run | seed | parameters | time | HR@10 domain_1 |")
     assert len(markdown) == 2 + 3
     assert r"\toprule" in command("results", workplace / "runs", "-f", "latex").output
-    assert command("results", workplace / "runs", "-f", "csv").output.startswith("run,seed,parameters,NDCG@10 domain_1")
+    assert command("results", workplace / "runs", "-f", "csv").output.startswith("run,seed,parameters,time,NDCG@10")
     assert "popular-" in command("results", workplace / "runs").output
+    seeds = command("results", workplace / "runs", "--seeds", "-f", "csv").output.splitlines()
+    assert seeds[0].startswith("experiment,seeds,NDCG@10 domain_1")
+    assert {line.split(",")[1]: "±" in line for line in seeds[1:]} == {"1": False, "2": True}
     assert "no run directory" in refused(command("results", workplace / "nowhere"))
     assert "no finished run has such a number" in refused(command("results", workplace / "runs", "-m", "ndcg@7"))
 

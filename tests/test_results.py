@@ -12,6 +12,7 @@ def finished(path: Path, name: str, value: float) -> RunDirectory:
     write_text(run.config, f"name: {name}\n")
     metrics = {"test/macro/ndcg@10": {"value": value, "low": 0.0, "high": 1.0, "n": 7}}
     write_json(run.final, {"name": name, "seed": 3, "parameters": {"total": 10}, "metrics": metrics})
+    write_json(run.environment, {"seconds": 1.5, "commit": "abc"})
     write_text(run.done, "")
     return run
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 from rich import box
 from rich.table import Table
@@ -91,24 +92,54 @@ def results_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, s
     """
     rows = []
     for run, group in values.groupby("run", sort=False):
-        found: dict[str, Any] = {record["key"]: record for record in group.to_dict("records")}
-        groups = dict.fromkeys(key.split("/")[1] for key in found)
+        about = group.iloc[0]
         cells = {
-            f"{metric.upper()} {name}": interval_text(found[key])
-            for metric in metrics
-            for name in groups
-            if name != "micro" and (key := metric_key(stage, name, metric, protocol)) in found
+            f"{metric.upper()} {name}": interval_text(record)
+            for name, metric, record in _chosen(group, metrics, protocol, stage)
         }
         if cells:
-            about = {"run": run, "seed": str(group["seed"].iloc[0]), "parameters": f"{group['parameters'].iloc[0]:,}"}
-            rows.append(about | cells)
+            what = {"run": run, "seed": str(about["seed"]), "parameters": f"{about['parameters']:,}"}
+            rows.append(what | {"time": duration_text(about["seconds"])} | cells)
     return pd.DataFrame(rows).fillna("–")
+
+
+def seeds_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str = "test") -> pd.DataFrame:
+    """One row per experiment: means over its seeds, with the standard deviation between them where there are several."""
+    rows = []
+    for name, group in values.groupby("name", sort=False):
+        found: dict[str, list[float]] = {}
+        for domain, metric, record in _chosen(group, metrics, protocol, stage):
+            found.setdefault(f"{metric.upper()} {domain}", []).append(record["value"])
+        cells = {
+            column: f"{np.mean(numbers):.4f}" + (f" ± {np.std(numbers, ddof=1):.4f}" if len(numbers) > 1 else "")
+            for column, numbers in found.items()
+        }
+        if cells:
+            seeds = group["seed"].nunique()
+            rows.append({"experiment": str(name), "seeds": str(seeds)} | cells)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def duration_text(seconds: float) -> str:
+    """`45 s`, `12 min`."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _chosen(
+    group: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Domain (or macro), metric and record of the numbers a table shows, metric by metric."""
+    for metric in metrics:
+        for record in group.to_dict("records"):
+            domain = str(record["key"]).split("/")[1]
+            if domain != "micro" and record["key"] == metric_key(stage, domain, metric, protocol):
+                yield domain, metric, {str(name): value for name, value in record.items()}
 
 
 def rich_table(frame: pd.DataFrame) -> Table:
     table = _table(None)
     for column in frame.columns:
-        table.add_column(str(column), justify="left" if column == "run" else "right")
+        table.add_column(str(column), justify="left" if column in ("run", "experiment") else "right")
     for row in frame.itertuples(index=False):
         table.add_row(*row)
     return table
