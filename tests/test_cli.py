@@ -98,6 +98,10 @@ def test_print_config_resolves_and_counts(workplace: Path) -> None:
         (["-s", "model.num_heads=3"], "num_heads"),
         (["-s", "data.domain=domain_3"], "domain_3"),
         (["-s", "trainer.device=cuda"], "sees no GPU"),
+        (
+            ["-s", "model={name: cross_domain, cross: {}}", "-s", "data.source.num_domains=1"],
+            "an exchange needs at least two domains and the data has one; set `cross: null`",
+        ),
         (["-s", "trainer.validate_every=9"], "no epoch would be validated"),
         (["-s", "data.source={name: dataset, dataset: amazon-akf}"], "did you mean amazon-afk?"),
     ],
@@ -107,7 +111,7 @@ def test_what_train_refuses(workplace: Path, tmp_path: Path, words: list[str], m
         pytest.skip("there is a GPU here")
     result = command("train", "-c", workplace / "tiny.yaml", "--runs-dir", tmp_path / "runs", *words)
     assert message in refused(result)
-    assert not list(tmp_path.glob("runs/*/final.json"))
+    assert not list(tmp_path.glob("runs/*")), "nothing is left behind"
 
 
 def test_train_without_its_data_says_what_to_do(workplace: Path, tmp_path: Path) -> None:

@@ -107,10 +107,7 @@ def direct(config, hidden, table, targets, negatives, catalog=CATALOG) -> torch.
             if config.name == "gbce":
                 pool = len(catalog.items_of(domain)) if config.catalogue == "domain" else catalog.num_items
                 alpha = min(1.0, draws / max(pool - 1, 1))
-                if alpha > 0:
-                    beta = alpha * (config.t * (1 - 1 / alpha) + 1 / alpha)
-                else:
-                    beta = 1 - config.t
+                beta = alpha * (config.t * (1 - 1 / alpha) + 1 / alpha) if alpha > 0 else 1 - config.t
             loss = -beta * scores[target].sigmoid().log()
             loss = loss - sum((1 - scores[i].sigmoid()).log() for i, _ in kept)
             terms.append((user, domain, loss / (1 + len(kept))))

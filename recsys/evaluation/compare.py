@@ -56,15 +56,22 @@ class Comparison:
 
 
 def compare(
-    arms: Mapping[str, Sequence[pa.Table]], config: EvalConfig, metrics: Sequence[str] = ("ndcg@10",)
+    arms: Mapping[str, Sequence[pa.Table]],
+    config: EvalConfig,
+    metrics: Sequence[str] = ("ndcg@10",),
+    domains: Sequence[str] | None = None,
 ) -> list[Comparison]:
     """Every arm but the first against the first: each metric per domain, macro and micro, under each protocol.
 
-    An arm is one model, given as the rank tables of its runs, one per seed. Raises IncomparableRuns if two tables
-    differ in split, users, targets, protocols, candidates or negatives; ValueError if there are fewer than two arms.
+    An arm is one model, given as the rank tables of its runs, one per seed. `domains` leaves out the targets of the
+    others, so that a run on one domain can be held against a run on several. A single domain has no macro or micro.
+    Raises IncomparableRuns if two tables differ in split, domains, users, targets, protocols, candidates or
+    negatives; ValueError if there are fewer than two arms or a run has no targets in one of `domains`.
     """
     if len(arms) < 2 or not all(arms.values()):
         raise ValueError("a comparison needs at least two arms with at least one run each")
+    if domains is not None:
+        arms = {name: [_within(domains, ranks) for ranks in runs] for name, runs in arms.items()}
     _require_comparable(arms)
     baseline, *treatments = arms
     first = arms[baseline][0]
@@ -75,7 +82,8 @@ def compare(
             for name, runs in arms.items()
         }
         for treatment in treatments:
-            for row, group in enumerate(measured[baseline].groups):
+            groups = measured[baseline].groups
+            for row, group in enumerate(groups[:1] if len(groups) == 3 else groups):  # a domain, macro and micro
                 for column, metric in enumerate(metrics):
                     key = metric_key(RanksInfo.of(first).split, group, metric, protocol)
                     at = (row, column)
@@ -144,6 +152,13 @@ def _compare(
     )
 
 
+def _within(domains: Sequence[str], ranks: pa.Table) -> pa.Table:
+    present = pc.unique(ranks["domain"]).to_pylist()
+    if missing := sorted({*domains}.difference(present)):
+        raise ValueError(f"no targets in {', '.join(missing)}; a run has {', '.join(sorted(present))}")
+    return ranks.filter(pc.is_in(ranks["domain"], pa.array(domains, pa.string())))
+
+
 def _require_comparable(arms: Mapping[str, Sequence[pa.Table]]) -> None:
     tables = [(f"{name} (run {number})", run) for name, runs in arms.items() for number, run in enumerate(runs, 1)]
     (first_name, first), *others = tables
@@ -163,10 +178,16 @@ def _differences(first: pa.Table, second: pa.Table) -> list[str]:
     protocols = [sorted(pc.unique(table["protocol"]).to_pylist()) for table in (first, second)]
     if protocols[0] != protocols[1]:
         return [*problems, f"protocols {', '.join(protocols[0])} against {', '.join(protocols[1])}"]
+    domains = [sorted(pc.unique(table["domain"]).to_pylist()) for table in (first, second)]
+    if domains[0] != domains[1]:
+        shared = sorted({*domains[0]}.intersection(domains[1]))
+        hint = f"; they can be compared within {', '.join(shared)}" if shared else ""
+        return [*problems, f"targets in {', '.join(domains[0])} against {', '.join(domains[1])}{hint}"]
     problems += [
-        f"other negatives for {protocol}"
-        for protocol in protocols[0]
-        if a.negatives.get(protocol) != b.negatives.get(protocol)
+        f"other negatives for {protocol} in {domain}"
+        for protocol, hashes in a.negatives.items()
+        for domain in domains[0]
+        if hashes[domain] != b.negatives[protocol][domain]
     ]
     one, two = ({name: table[name].to_numpy(zero_copy_only=False) for name in _IDENTITY} for table in (first, second))
     users = set(one["user"].tolist()) ^ set(two["user"].tolist())

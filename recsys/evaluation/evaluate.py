@@ -1,5 +1,6 @@
 """From a scorer and the targets of a split to a table of ranks."""
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def evaluate(
         raise ValueError(f"a domain cannot be called {reserved.pop()!r}, which names a mean over domains; rename it")
     protocols = [PROTOCOLS[name] for name in config.protocols]
     pieces: list[pa.Table] = []
-    hashes = {protocol.name: NegativesHash() for protocol in protocols if protocol.negatives}
+    hashes: dict[tuple[str, int], NegativesHash] = {}
     coverage: dict[tuple[str, int], Coverage] = {}
     repeated: Counter[int] = Counter()
     with torch.no_grad():
@@ -110,24 +111,26 @@ def evaluate(
             scores = scorer.scores(targets.batch, items)  # once for all protocols
             for protocol, pool in zip(protocols, pools, strict=True):
                 columns = torch.searchsorted(items, pool)
+                key = (protocol.name, targets.domain)
                 if protocol.negatives is None:
                     field = _Field.of(
                         scores if len(pool) == len(items) else scores[:, columns], pool, targets, catalog, config.seen
                     )
                     ranks, loss = field.rank()
-                    key = (protocol.name, targets.domain)
                     coverage.setdefault(key, Coverage(len(pool), config.ks)).update(field.visible)
                 else:
                     negatives = draw_negatives(protocol.negatives, pool, catalog, targets, config.seed)
-                    hashes[protocol.name].update(targets, pool[negatives])
+                    hashes.setdefault(key, NegativesHash()).update(targets, pool[negatives])
                     target_column = torch.searchsorted(items, targets.target.contiguous())
                     ranks = rank_sampled(scores, target_column, columns[negatives], targets.user, protocol.margin)
                     loss = None
                 pieces.append(_piece(protocol.name, targets, catalog, ranks, loss))
     if not pieces:
         raise ValueError(f"the {split} split has no targets to evaluate; choose another split or more data")
-    info = RanksInfo(split, split_hash, config.seen, {name: value.hexdigest() for name, value in hashes.items()})
-    table = ranks_table(pieces, info)
+    negatives_hashes: dict[str, dict[str, str]] = {}
+    for (name, domain), value in sorted(hashes.items(), key=operator.itemgetter(0)):
+        negatives_hashes.setdefault(name, {})[catalog.domain_names[domain]] = value.hexdigest()
+    table = ranks_table(pieces, RanksInfo(split, split_hash, config.seen, negatives_hashes))
     return Evaluation(table, _coverage(coverage, catalog, config.ks, split), _counts(table, repeated, catalog))
 
 

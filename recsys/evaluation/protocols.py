@@ -93,15 +93,16 @@ def draw_negatives(
 ) -> Int[Tensor, "batch negatives"]:
     """Positions in `pool` of every row's negatives; a row that has fewer is filled with its target's position.
 
-    Each row has a generator of its own, seeded by (seed, user, length of the history): the draw does not depend on
-    the batch, on other users or on the model, and it is the same at every evaluation.
+    Each row has a generator of its own, seeded by (seed, user, target): the draw does not depend on the batch, on
+    other users or on the model, it is the same at every evaluation, and a run on one domain meets the negatives of
+    a run on all.
     """
     place = positions(pool, catalog).cpu().numpy()
     target_places = place[targets.target.cpu().numpy()]
     seen_places = place[targets.seen.cpu().numpy()]
     weights = catalog.train_counts.cpu().numpy()[pool.cpu().numpy()].astype(np.float64)
     drawn = np.repeat(target_places[:, None], negatives.count, axis=1)
-    for row, (user, history) in enumerate(zip(targets.user.tolist(), targets.history.tolist(), strict=True)):
+    for row, (user, target) in enumerate(zip(targets.user.tolist(), targets.target.tolist(), strict=True)):
         allowed = np.ones(len(pool) + 1, dtype=bool)  # the last place stands for all that lies outside the pool
         allowed[-1] = allowed[target_places[row]] = False
         if negatives.unseen:
@@ -113,7 +114,7 @@ def draw_negatives(
             continue
         count = negatives.count if negatives.replace else min(negatives.count, len(choices))
         odds = weights[choices] / weights[choices].sum() if negatives.by_popularity else None
-        generator = np.random.default_rng((seed, user, history))
+        generator = np.random.default_rng((seed, user, target))
         drawn[row, :count] = generator.choice(choices, count, replace=negatives.replace, p=odds, shuffle=False)
     return torch.from_numpy(drawn).to(pool.device)
 
@@ -122,19 +123,18 @@ class NegativesHash:
     """sha256 over the negatives of all targets, whatever the order they come in."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, int, int, bytes]] = []
+        self._rows: list[tuple[int, int, bytes]] = []
 
     def update(self, targets: Targets, items: Int[Tensor, "batch negatives"]) -> None:
         """`items`: the ids of the negatives, in the order they were drawn."""
         contents = items.cpu().numpy().astype("<i8")
         digests = [hashlib.sha256(row.tobytes()).digest() for row in contents]
-        keys = (targets.user.tolist(), targets.history.tolist(), targets.target.tolist())
-        self._rows += zip(*keys, digests, strict=True)
+        self._rows += zip(targets.user.tolist(), targets.target.tolist(), digests, strict=True)
 
     def hexdigest(self) -> str:
         total = hashlib.sha256()
-        for user, history, target, digest in sorted(self._rows):
-            total.update(f"{user} {history} {target} ".encode() + digest)
+        for user, target, digest in sorted(self._rows):
+            total.update(f"{user} {target} ".encode() + digest)
         return total.hexdigest()
 
 

@@ -35,8 +35,8 @@ class RanksInfo:
     split: Split
     split_hash: str
     seen: Seen
-    negatives: dict[str, str]
-    """sha256 of the negatives per sampled protocol."""
+    negatives: dict[str, dict[str, str]]
+    """sha256 of the negatives per sampled protocol and domain."""
 
     @staticmethod
     def of(ranks: pa.Table) -> "RanksInfo":

@@ -104,7 +104,7 @@ def results_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, s
 
 
 def seeds_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str = "test") -> pd.DataFrame:
-    """One row per experiment: means over its seeds, with the standard deviation between them where there are several."""
+    """One row per experiment: means over its seeds, with the standard deviation between them if there are several."""
     rows = []
     for name, group in values.groupby("name", sort=False):
         found: dict[str, list[float]] = {}

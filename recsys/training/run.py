@@ -7,7 +7,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -26,14 +26,14 @@ from recsys.evaluation import DotScorer, EvalConfig, Evaluation, RanksInfo, eval
 from recsys.evaluation.ranks import Split
 from recsys.evaluation.running import RankingMetrics
 from recsys.experiment import Data, Experiment, TrainerConfig, build_model, load_data
-from recsys.loading import load_yaml
+from recsys.loading import ConfigError, load_yaml
 from recsys.models import count_parameters
 from recsys.results import RunDirectory, RunError, atomic, fingerprint, write_json, write_text
 from recsys.training.callbacks import EpochLog, EpochProgress
 from recsys.training.curve import draw_curve
 from recsys.training.environment import describe_environment
 from recsys.training.module import SequentialModule
-from recsys.types import Recommender, Scorer
+from recsys.types import NegativeSampler, Recommender, Scorer
 
 
 def train(
@@ -61,11 +61,12 @@ def train(
             raise RunError(f"{run.path} failed earlier: {run.failure()} (see {run.failed}); --retry runs it again")
         case "partial":
             console.print(f"{run.path} was cut off and goes on from its last checkpoint", highlight=False)
+    parts = _build(experiment, data, choose_device(experiment.trainer))
     run.path.mkdir(parents=True, exist_ok=True)
     run.failed.unlink(missing_ok=True)
     write_text(run.config, experiment.yaml())
     try:
-        _train(experiment, data, run, console)
+        _train(experiment, data, parts, run, console)
     except Exception:
         with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
             write_text(run.failed, traceback.format_exc())
@@ -160,10 +161,33 @@ def choose_device(trainer: TrainerConfig) -> torch.device:
     return torch.device("cuda" if available and trainer.device != "cpu" else "cpu")
 
 
-def _train(experiment: Experiment, data: Data, run: RunDirectory, console: Console) -> None:
+@dataclass(frozen=True)
+class _Parts:
+    """What an experiment is built into; a model that counts has neither loss nor negatives."""
+
+    device: torch.device
+    model: nn.Module
+    loss: nn.Module | None
+    negatives: NegativeSampler | None
+
+
+def _build(experiment: Experiment, data: Data, device: torch.device) -> _Parts:
+    """Raises ConfigError where a part does not fit the data (an exchange on one domain, no negative to be had)."""
+    catalog = data.catalog.to(device)
+    try:
+        model = build_model(experiment, data.catalog)
+        loss = None if experiment.loss is None else experiment.loss.build(catalog)
+        negatives = None
+        if experiment.negatives is not None:
+            negatives = experiment.negatives.build(catalog, torch.Generator(device))
+    except ValueError as error:
+        raise ConfigError(f"{experiment.name} does not fit its data: {error}") from None
+    return _Parts(device, model, loss, negatives)
+
+
+def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, console: Console) -> None:
     started, clock = datetime.now(UTC), time.perf_counter()
-    device = choose_device(experiment.trainer)
-    model = build_model(experiment, data.catalog)
+    device, model = parts.device, parts.model
     counts = count_parameters(model)
     console.print(
         f"{run.path.name}: {counts['total']:,} parameters, {data.sequences.num_users:,} users, "
@@ -174,7 +198,7 @@ def _train(experiment: Experiment, data: Data, run: RunDirectory, console: Conso
         selection = None
         _count(experiment, data, model, run)
     else:
-        selection = _fit(experiment, data, model, run, device, console)
+        selection = _fit(experiment, data, parts, run, console)
     seconds_to_train = time.perf_counter() - clock
 
     evaluation = evaluate_model(model, experiment, data, experiment.eval, "test", device)
@@ -210,20 +234,15 @@ def _count(experiment: Experiment, data: Data, model: nn.Module, run: RunDirecto
         torch.save({"state_dict": weights, "config": fingerprint(experiment.yaml())}, path)
 
 
-def _fit(
-    experiment: Experiment, data: Data, model: nn.Module, run: RunDirectory, device: torch.device, console: Console
-) -> dict[str, Any]:
-    """Train to the end or to early stopping; leaves the weights of the best epoch in `model`."""
-    config, loss = experiment.trainer, experiment.loss
-    assert loss is not None
+def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, console: Console) -> dict[str, Any]:
+    """Train to the end or to early stopping; leaves the weights of the best epoch in the model."""
+    config, device = experiment.trainer, parts.device
     catalog = data.catalog.to(device)
-    negatives = None
-    if experiment.negatives is not None:
-        negatives = experiment.negatives.build(catalog, torch.Generator(device))
+    assert parts.loss is not None
     module = SequentialModule(
-        model=model,
-        loss=loss.build(catalog),
-        negatives=negatives,
+        model=parts.model,
+        loss=parts.loss,
+        negatives=parts.negatives,
         optim=experiment.optim,
         metrics=RankingMetrics("validation", catalog.domain_names, experiment.eval.ks, experiment.eval.ties),
         catalog=catalog,
@@ -281,7 +300,7 @@ def _fit(
                 ckpt_path=run.last if run.last.exists() else None,
                 weights_only=True,
             )
-    load_weights(model, run.best, experiment)
+    load_weights(parts.model, run.best, experiment)
     log = run.read_log()
     chosen = max((record for record in log if config.monitor in record), key=lambda record: record[config.monitor])
     return {
