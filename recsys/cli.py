@@ -192,6 +192,10 @@ def compare(
     metric: Annotated[
         list[str] | None, typer.Option("--metric", "-m", help="Repeatable. Default: ndcg@10 and hr@10.")
     ] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option("--domain", "-d", help="Only this domain's targets, as for a run on one domain. Repeatable."),
+    ] = None,
 ) -> None:
     """Paired tests of runs on the same test targets.
 
@@ -215,7 +219,7 @@ def compare(
             raise RunError("a comparison needs runs of at least two names; runs of one name are seeds of one arm")
         config = load_yaml(found[0].config, Experiment).eval
         console = _console()
-        for table in comparison_tables(compare_arms(arms, config, metric or ["ndcg@10", "hr@10"])):
+        for table in comparison_tables(compare_arms(arms, config, metric or ["ndcg@10", "hr@10"], domain)):
             console.print(table)
 
 
