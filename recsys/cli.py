@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.console import Console
 
     from recsys.data.policies import PrepareOptions
@@ -43,6 +44,7 @@ Ties = Annotated[
     str | None,
     typer.Option(help="Order of a user's events with one timestamp: file_order, seeded_random, domain_random, drop."),
 ]
+Format = Annotated[Literal["table", "markdown", "latex", "csv"], typer.Option("--format", "-f")]
 TieSeed = Annotated[int, typer.Option(help="Seed of the random tie policies.")]
 
 
@@ -58,9 +60,10 @@ def clear_errors() -> Iterator[None]:
     except Exception as error:
         from recsys.data.schema import DataError
         from recsys.evaluation import IncomparableRuns, NonFiniteScores
+        from recsys.evaluation.metrics import UnknownMetric
         from recsys.results import RunError
 
-        if isinstance(error, DataError | RunError | IncomparableRuns | NonFiniteScores | OSError):
+        if isinstance(error, DataError | RunError | IncomparableRuns | NonFiniteScores | UnknownMetric | OSError):
             _stop(error)
         raise
 
@@ -68,6 +71,15 @@ def clear_errors() -> Iterator[None]:
 def _stop(error: Exception) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     raise typer.Exit(2) from None
+
+
+def _show(frame: "DataFrame", form: Literal["table", "markdown", "latex", "csv"]) -> None:
+    from recsys.report.tables import render, rich_table
+
+    if form == "table":
+        _console().print(rich_table(frame))
+    else:
+        print(render(frame, form), end="")
 
 
 def _console() -> "Console":
@@ -196,6 +208,7 @@ def compare(
         list[str] | None,
         typer.Option("--domain", "-d", help="Only this domain's targets, as for a run on one domain. Repeatable."),
     ] = None,
+    format_: Format = "table",
 ) -> None:
     """Paired tests of runs on the same test targets.
 
@@ -208,7 +221,7 @@ def compare(
         from recsys.evaluation import compare as compare_arms
         from recsys.experiment import Experiment
         from recsys.loading import load_yaml
-        from recsys.report.tables import comparison_tables
+        from recsys.report.tables import comparison_frame
         from recsys.results import RunError, find_runs
 
         arms: dict[str, list[Any]] = {}
@@ -218,9 +231,11 @@ def compare(
         if len(arms) < 2:
             raise RunError("a comparison needs runs of at least two names; runs of one name are seeds of one arm")
         config = load_yaml(found[0].config, Experiment).eval
-        console = _console()
-        for table in comparison_tables(compare_arms(arms, config, metric or ["ndcg@10", "hr@10"], domain)):
-            console.print(table)
+        try:
+            comparisons = compare_arms(arms, config, metric or ["ndcg@10", "hr@10"], domain)
+        except ValueError as error:  # a domain that a run has no targets in
+            raise RunError(str(error)) from None
+        _show(comparison_frame(comparisons), format_)
 
 
 @app.command()
@@ -231,21 +246,18 @@ def results(
     by_seed: Annotated[
         bool, typer.Option("--seeds", help="One row per experiment: mean and standard deviation over its seeds.")
     ] = False,
-    format_: Annotated[Literal["table", "markdown", "latex", "csv"], typer.Option("--format", "-f")] = "table",
+    format_: Format = "table",
 ) -> None:
     """Many runs as one table, each number with its 95 % interval."""
     with clear_errors():
-        from recsys.report.tables import render, results_frame, rich_table, seeds_frame
+        from recsys.report.tables import results_frame, seeds_frame
         from recsys.results import RunError, find_runs, load
 
         found = find_runs(runs or [Path("runs")])
         frame = (seeds_frame if by_seed else results_frame)(load(found), metric or ["ndcg@10"], protocol)
         if frame.empty:
             raise RunError("no finished run has such a number here; `recsys train` makes runs")
-        if format_ == "table":
-            _console().print(rich_table(frame))
-        else:
-            print(render(frame, format_), end="")
+        _show(frame, format_)
         unfinished = [run for run in found if run.state != "done"]
         for run in unfinished:
             print(f"left out: {run.path} is {run.state}", file=sys.stderr)

@@ -204,7 +204,7 @@ def test_softmax_of_equal_scores_is_the_log_of_the_catalogue():
     hidden, table = torch.zeros(5, 5, D_MODEL), torch.randn(11, D_MODEL)
     everything = SoftmaxConfig(catalogue="all").build(CATALOG)(hidden, table, batch_of(TARGETS), None)
     assert everything.item() == pytest.approx(math.log(10))
-    # Targets: seven of the five-item domain 0 ... counted by hand: 1 3 5 9 6 1 in domain 0, 2 4 7 2 4 2 in 1, 8 in 2.
+    # Targets 1 3 5 9 6 1 among the five items of domain 0, 2 4 7 2 4 2 among the four of 1, and 8, alone in 2.
     domain = SoftmaxConfig().build(CATALOG)(hidden, table, batch_of(TARGETS), None)
     assert domain.item() == pytest.approx((6 * math.log(5) + 6 * math.log(4)) / 13)
 
@@ -430,6 +430,22 @@ def test_softmax_never_holds_positions_by_catalogue():
         )
         loss.backward()
     assert largest.numel == max(chunk * items, positions * D_MODEL)
+
+
+def test_softmax_without_gradients_computes_only_the_logits():
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func._opname in ("mm", "addmm", "addmm_")
+            return func(*args, **(kwargs or {}))
+
+    hidden, table = inputs()
+    loss = SoftmaxConfig(catalogue="all").build(CATALOG)
+    for context, products in ((torch.no_grad(), 1), (torch.enable_grad(), 3)):
+        with context, Products() as counted:
+            loss(hidden, table, batch_of(TARGETS), None)
+        assert counted.count == products
 
 
 @pytest.mark.parametrize("sparse", [True, False])

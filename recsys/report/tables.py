@@ -59,30 +59,27 @@ def caveats(final: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def comparison_tables(comparisons: Sequence[Comparison]) -> Iterator[Table]:
-    """One table per treatment: differences to the baseline with their intervals, effect sizes and p-values."""
-    for treatment in dict.fromkeys(comparison.treatment for comparison in comparisons):
-        chosen = [comparison for comparison in comparisons if comparison.treatment == treatment]
-        table = _table(f"{treatment} against {chosen[0].baseline}; p-values with Holm's correction over all rows shown")
-        table.add_column("metric")
-        for column in ("users", "baseline", "treatment", "difference [95 %]", "relative", "d_z", "p perm.", "p Wilc."):
-            table.add_column(column, justify="right")
-        for c in chosen:
-            difference = f"{c.difference.value:+.4f} [{c.difference.low:+.4f}, {c.difference.high:+.4f}]"
-            relative = "–" if c.relative is None else f"{100 * c.relative:+.1f} %"
-            effect = "–" if c.effect_size is None else f"{c.effect_size:+.3f}"
-            table.add_row(
-                c.key,
-                f"{c.difference.n:,}",
-                f"{c.baseline_value:.4f}",
-                f"{c.treatment_value:.4f}",
-                difference,
-                relative,
-                effect,
-                f"{c.p_permutation_holm:.4f}",
-                f"{c.p_wilcoxon_holm:.4f}",
-            )
-        yield table
+def comparison_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """One row per treatment and metric: the difference to the baseline with its interval, effect size and p-values.
+
+    `d_z` is the mean over the standard deviation of the users' differences; p-values carry Holm's correction over
+    all rows.
+    """
+    return pd.DataFrame(
+        {
+            "run": f"{c.treatment} − {c.baseline}",
+            "metric": c.key,
+            "users": f"{c.difference.n:,}",
+            "baseline": f"{c.baseline_value:.4f}",
+            "treatment": f"{c.treatment_value:.4f}",
+            "difference [95 %]": f"{c.difference.value:+.4f} [{c.difference.low:+.4f}, {c.difference.high:+.4f}]",
+            "relative": "–" if c.relative is None else f"{100 * c.relative:+.1f} %",
+            "d_z": "–" if c.effect_size is None else f"{c.effect_size:+.3f}",
+            "p (permutation)": f"{c.p_permutation_holm:.4f}",
+            "p (Wilcoxon)": f"{c.p_wilcoxon_holm:.4f}",
+        }
+        for c in comparisons
+    )
 
 
 def results_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str = "test") -> pd.DataFrame:
