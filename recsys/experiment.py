@@ -16,7 +16,7 @@ from recsys.data.split import LeaveOneOut, Split, SplitConfig, make_split
 from recsys.data.synthetic import SyntheticConfig
 from recsys.evaluation import EvalConfig
 from recsys.loading import Config, dump_yaml
-from recsys.losses import LossConfig
+from recsys.losses import GBCEConfig, LossConfig
 from recsys.models import ItemKNNConfig, MarkovConfig, ModelConfig, PopularityConfig, count_parameters
 from recsys.negatives import NegativesConfig
 from recsys.optim import OptimConfig
@@ -114,6 +114,13 @@ class Experiment(Config):
             raise ValueError(f"negatives: this key is missing; the loss {self.loss.name!r} draws negatives")
         if not needs and self.negatives is not None:
             raise ValueError("negatives: nothing here draws negatives; remove the key or set it to null")
+        if isinstance(self.loss, GBCEConfig) and self.negatives is not None:
+            scope = "target_domain" if self.loss.catalogue == "domain" else "all"
+            if self.negatives.scope != scope:
+                raise ValueError(
+                    f"negatives.scope is {self.negatives.scope!r}, but gbce takes its sampling rate from loss.catalogue "
+                    f"{self.loss.catalogue!r}; set negatives.scope to {scope!r} or change loss.catalogue"
+                )
         return self
 
     @property

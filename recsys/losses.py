@@ -323,17 +323,14 @@ def chunked_cross_entropy(
     Gradients are made together with the loss, chunk by chunk in one buffer, so neither the logits nor their
     gradient are ever held whole and nothing is computed twice.
     """
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_positions, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_positions)
 
 
 class _ChunkedCrossEntropy(Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_positions: int, differentiated: bool
-    ) -> Tensor:
-        # needs_input_grad alone would make gradients under torch.no_grad too.
-        d_hidden = torch.empty_like(hidden) if differentiated and ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if differentiated and ctx.needs_input_grad[1] else None
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_positions: int) -> Tensor:
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(())
         # One buffer for all chunks: freshly allocated logits cost half as much again, in page faults.
         buffer = hidden.new_empty(min(chunk_positions, len(hidden)), len(weight))
@@ -359,15 +356,9 @@ class _ChunkedCrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        d_hidden, d_weight = ctx.saved_tensors
-        return (
-            None if d_hidden is None else grad * d_hidden,
-            None if d_weight is None else grad * d_weight,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        d_hidden, d_weight = (None if made is None else grad * made for made in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None
 
 
 def sampled_logits(

@@ -94,6 +94,7 @@ def test_print_config_resolves_and_counts(workplace: Path) -> None:
         (["-s", "model.d_model=x"], "model.d_model: input should be a valid integer"),
         (["-s", "loss=null"], "loss: this key is missing"),
         (["-s", "loss={name: bce}"], "negatives: this key is missing; the loss 'bce' draws negatives"),
+        (["-s", "loss={name: gbce}", "-s", "negatives={name: uniform, scope: all}"], "set negatives.scope to 'target_"),
         (["-s", "negatives={name: uniform}"], "nothing here draws negatives"),
         (["-s", "model.num_heads=3"], "num_heads"),
         (["-s", "data.domain=domain_3"], "domain_3"),

@@ -1,0 +1,64 @@
+"""What the README says is so: its tables are those of the committed results, its commands and protocols exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from recsys.cli import app
+from recsys.evaluation.protocols import PROTOCOLS
+from recsys.report.tables import render, results_frame, seeds_frame
+from recsys.results import find_runs, load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+STUDY = ROOT / "results" / "amazon_afk"
+
+
+def table(name: str) -> str:
+    """The table that stands between the markers of a name."""
+    found = re.search(rf"<!-- results: {name} -->\n(.*?)<!-- end -->", README, flags=re.S)
+    assert found, f"the README has no table {name}"
+    return found.group(1).strip()
+
+
+@pytest.mark.parametrize("protocol", ["full", "abxi_999"])
+def test_results_are_those_of_the_committed_runs(protocol: str) -> None:
+    values = load(find_runs([STUDY]))
+    frame = results_frame(values[values["seed"] == 0], ["ndcg@10", "hr@10"], protocol)
+    assert table(protocol) == render(frame, "markdown").strip()
+
+
+def test_means_over_seeds_are_those_of_the_committed_runs() -> None:
+    values = load(find_runs([STUDY]))
+    several = values.groupby("name")["seed"].nunique().loc[lambda seeds: seeds > 1].index
+    frame = seeds_frame(values[values["name"].isin(several)], ["ndcg@10", "hr@10"], "full")
+    assert table("seeds") == render(frame, "markdown").strip()
+
+
+def test_every_committed_run_says_where_it_comes_from() -> None:
+    runs = find_runs([STUDY])
+    assert runs
+    values = load(runs)
+    assert not values["commit"].isna().any()
+    assert not values["commit"].str.endswith("+").any(), "made from code that was not committed"
+
+
+def test_commands_exist() -> None:
+    for line in re.findall(r"^recsys ([a-z]+(?: (?:list|prepare|describe))?)", README, flags=re.M):
+        assert CliRunner().invoke(app, [*line.split(), "--help"]).exit_code == 0, line
+    for config in re.findall(r"--config (\S+\.yaml)", README):
+        assert (ROOT / config).exists(), config
+
+
+def test_every_protocol_is_listed() -> None:
+    listed = README.split("## Protocols")[1]
+    for name in PROTOCOLS:
+        assert f"`{name}`" in listed
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
