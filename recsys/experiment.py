@@ -118,7 +118,7 @@ class Experiment(Config):
             scope = "target_domain" if self.loss.catalogue == "domain" else "all"
             if self.negatives.scope != scope:
                 raise ValueError(
-                    f"negatives.scope is {self.negatives.scope!r}, but gbce takes its sampling rate from loss.catalogue "
+                    f"negatives.scope is {self.negatives.scope!r}, but gbce takes its rate from loss.catalogue "
                     f"{self.loss.catalogue!r}; set negatives.scope to {scope!r} or change loss.catalogue"
                 )
         return self
