@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     "model": {"name": "sasrec", "d_model": 8, "d_ff": 16, "num_layers": 1, "num_heads": 1},
     "loss": {"name": "softmax"},
     "trainer": {"epochs": 1, "batch_size": 16, "device": "cpu"},
-    "eval": {"bootstrap_samples": 20, "permutations": 100},
+    "eval": {"protocols": ["full", "uni_100"], "bootstrap_samples": 20, "permutations": 100},
 }
 
 
@@ -140,6 +140,7 @@ def test_compare_pairs_the_arms_and_pools_their_seeds(workplace: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "tiny − popular" in result.output
     assert "test/macro/ndcg@10" in result.output
+    assert "test/macro/ndcg@10[uni_100]" in result.output
     alone = command("compare", *runs(workplace, "popular"), *runs(workplace, "tiny"), "-d", "domain_2").output
     assert "domain_2" in alone
     assert "domain_1" not in alone

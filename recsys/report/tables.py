@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from recsys.evaluation import Comparison
 from recsys.evaluation.metrics import metric_key
@@ -38,7 +39,8 @@ def run_tables(
         for group in [*present, *(["macro"] if len(present) > 1 else [])]:
             found = [metrics.get(metric_key(stage, group, metric, protocol)) for metric in COLUMNS]
             users = next(interval["n"] for interval in found if interval is not None)
-            table.add_row(group, f"{users:,}", *map(interval_text, found), end_section=group == present[-1])
+            cells = [group, f"{users:,}", *map(interval_text, found)]
+            table.add_row(*map(Text, cells), end_section=group == present[-1])
         yield table
 
 
@@ -138,7 +140,7 @@ def rich_table(frame: pd.DataFrame) -> Table:
     for column in frame.columns:
         table.add_column(str(column), justify="left" if column in ("run", "experiment") else "right")
     for row in frame.itertuples(index=False):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # a plain string would lose its [brackets] to rich's markup
     return table
 
 
