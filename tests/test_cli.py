@@ -136,15 +136,17 @@ def test_evaluate_gives_back_the_numbers_and_any_protocol(workplace: Path, tmp_p
 
 
 def test_compare_pairs_the_arms_and_pools_their_seeds(workplace: Path) -> None:
-    result = command("compare", *runs(workplace, "popular"), *runs(workplace, "tiny"))
+    both = (*runs(workplace, "popular"), *runs(workplace, "tiny"))
+    result = command("compare", *both, "-f", "csv")
     assert result.exit_code == 0, result.output
-    assert "tiny − popular" in result.output
-    assert "test/macro/ndcg@10" in result.output
-    assert "test/macro/ndcg@10[uni_100]" in result.output
+    rows = [line.split(",") for line in result.output.splitlines()]
+    assert rows[0][0] == "against popular"
+    assert {row[0] for row in rows[1:]} == {"tiny"}
+    assert {"test/macro/ndcg@10", "test/macro/ndcg@10[uni_100]"} < {row[1] for row in rows}
+    assert "[uni_100]" in CliRunner(env={"COLUMNS": "220"}).invoke(app, ["compare", *map(str, both)]).output
     alone = command("compare", *runs(workplace, "popular"), *runs(workplace, "tiny"), "-d", "domain_2").output
     assert "domain_2" in alone
     assert "domain_1" not in alone
-    both = (*runs(workplace, "popular"), *runs(workplace, "tiny"))
     assert "domain_3" in refused(command("compare", *both, "-d", "domain_3"))
     assert "there is no metric 'ndgc@10'" in refused(command("compare", *both, "-m", "ndgc@10"))
     assert "at least two names" in refused(command("compare", *runs(workplace, "tiny")))

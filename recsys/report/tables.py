@@ -69,7 +69,7 @@ def comparison_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """
     return pd.DataFrame(
         {
-            "run": f"{c.treatment} − {c.baseline}",
+            f"against {c.baseline}": c.treatment,
             "metric": c.key,
             "users": f"{c.difference.n:,}",
             "baseline": f"{c.baseline_value:.4f}",
@@ -137,8 +137,8 @@ def _chosen(
 
 def rich_table(frame: pd.DataFrame) -> Table:
     table = _table(None)
-    for column in frame.columns:
-        table.add_column(str(column), justify="left" if column in ("run", "experiment") else "right")
+    for place, column in enumerate(frame.columns):
+        table.add_column(Text(str(column)), justify="left" if place == 0 else "right")
     for row in frame.itertuples(index=False):
         table.add_row(*map(Text, row))  # a plain string would lose its [brackets] to rich's markup
     return table
