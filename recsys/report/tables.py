@@ -127,12 +127,20 @@ def duration_text(seconds: float) -> str:
 def _chosen(
     group: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Domain (or macro), metric and record of the numbers a table shows, metric by metric."""
+    """Domain (or macro), metric and record of the numbers a table shows, metric by metric.
+
+    A run on one domain has no macro here: beside runs on several it would be another number under the same name.
+    """
+    records = {str(record["key"]): record for record in group.to_dict("records")}
     for metric in metrics:
-        for record in group.to_dict("records"):
-            domain = str(record["key"]).split("/")[1]
-            if domain != "micro" and record["key"] == metric_key(stage, domain, metric, protocol):
-                yield domain, metric, {str(name): value for name, value in record.items()}
+        domains = [
+            domain
+            for domain in dict.fromkeys(key.split("/")[1] for key in records)
+            if domain not in ("macro", "micro") and metric_key(stage, domain, metric, protocol) in records
+        ]
+        for domain in [*domains, "macro"] if len(domains) > 1 else domains:
+            record = records[metric_key(stage, domain, metric, protocol)]
+            yield domain, metric, {str(name): value for name, value in record.items()}
 
 
 def rich_table(frame: pd.DataFrame) -> Table:
