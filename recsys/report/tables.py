@@ -107,8 +107,9 @@ def seeds_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, sta
     rows = []
     for name, group in values.groupby("name", sort=False):
         found: dict[str, list[float]] = {}
-        for domain, metric, record in _chosen(group, metrics, protocol, stage):
-            found.setdefault(f"{metric.upper()} {domain}", []).append(record["value"])
+        for _, run in group.groupby("run", sort=False):
+            for domain, metric, record in _chosen(run, metrics, protocol, stage):
+                found.setdefault(f"{metric.upper()} {domain}", []).append(record["value"])
         cells = {
             column: f"{np.mean(numbers):.4f}" + (f" ± {np.std(numbers, ddof=1):.4f}" if len(numbers) > 1 else "")
             for column, numbers in found.items()
@@ -125,13 +126,13 @@ def duration_text(seconds: float) -> str:
 
 
 def _chosen(
-    group: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str
+    run: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Domain (or macro), metric and record of the numbers a table shows, metric by metric.
+    """Domain (or macro), metric and record of the numbers of one run that a table shows, metric by metric.
 
     A run on one domain has no macro here: beside runs on several it would be another number under the same name.
     """
-    records = {str(record["key"]): record for record in group.to_dict("records")}
+    records = {str(record["key"]): record for record in run.to_dict("records")}
     for metric in metrics:
         domains = [
             domain
