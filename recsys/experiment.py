@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from recsys.data.batches import make_catalog
+from recsys.data.batches import make_catalog, training_events
 from recsys.data.policies import PrepareOptions, unknown_domain
 from recsys.data.prepare import load_items, load_prepared
 from recsys.data.sequences import Sequences
@@ -21,7 +21,7 @@ from recsys.models import ItemKNNConfig, MarkovConfig, ModelConfig, PopularityCo
 from recsys.negatives import NegativesConfig
 from recsys.optim import OptimConfig
 from recsys.results import fingerprint
-from recsys.types import Catalog
+from recsys.types import Catalog, Fitted
 
 
 class DatasetSource(Config):
@@ -156,10 +156,16 @@ def load_data(config: DataConfig, data_root: Path | None) -> Data:
     return Data(sequences, split, make_catalog(sequences, split))
 
 
-def build_model(experiment: Experiment, catalog: Catalog) -> nn.Module:
-    """The model before training; its weights are a function of the experiment's seed."""
+def build_model(experiment: Experiment, data: Data) -> nn.Module:
+    """The model before training, fitted to the training events where it reads them.
+
+    Its weights are a function of the experiment's seed.
+    """
     generator = torch.Generator().manual_seed(experiment.seed)
-    return experiment.model.build(catalog, experiment.data.max_len, generator)
+    model = experiment.model.build(data.catalog, experiment.data.max_len, generator)
+    if isinstance(model, Fitted):
+        model.fit(training_events(data.sequences, data.split, experiment.data.domain))
+    return model
 
 
 def parameter_counts(experiment: Experiment, catalog: Catalog) -> dict[str, int]:

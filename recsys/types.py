@@ -1,6 +1,6 @@
 """The types every part agrees on: a batch of histories, the catalogue, what a recommender and a sampler offer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -88,6 +88,51 @@ class Catalog:
 
     def to(self, device: torch.device | str) -> "Catalog":
         return Catalog(self.domain_names, self.item_domain.to(device), self.train_counts.to(device))
+
+
+@dataclass(frozen=True)
+class TrainingEvents:
+    """What may be read off the data before training: the users' TRAIN events, laid end to end."""
+
+    items: Int[Tensor, " events"]
+    times: Int[Tensor, " events"]
+    """Unix seconds."""
+    offsets: Int[Tensor, " boundaries"]
+    """User u's events are `offsets[u]:offsets[u + 1]`."""
+    text: Float[Tensor, "items d_text"] | None = None
+    """A vector per item id made of its text, where the experiment asks for one (`data.text`)."""
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A model that reads something off the training events before its first batch: counts, a graph, a support set.
+
+    A model trained by gradient keeps what it reads in buffers that are not persistent: it is fitted again where its
+    weights are loaded.
+    """
+
+    def fit(self, events: TrainingEvents) -> None: ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training step descends, where that is more than the run's loss on the states of `forward`."""
+
+    batch: Batch
+    """The questions; others than those put to the model where it asks its own (masked items)."""
+    answers: tuple[tuple[float, Float[Tensor, "batch length d_model"]], ...]
+    """States that each answer the questions of `batch`; the run's loss of each counts with its weight."""
+    terms: Mapping[str, Float[Tensor, ""]]
+    """Further losses by name, weighted as they are to be added."""
+
+
+@runtime_checkable
+class HasObjective(Protocol):
+    """A model whose published training has terms beside the loss on its states."""
+
+    def objective(self, batch: Batch, generator: torch.Generator) -> Objective:
+        """Called in training instead of `forward`; what it draws comes from `generator`, on the batch's device."""
+        ...
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from torch import Tensor
 from recsys.data.policies import unknown_domain
 from recsys.data.sequences import Sequences
 from recsys.data.split import TEST, TRAIN, VALID, Split, train_counts
-from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog
+from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, TrainingEvents
 
 _POOL = 32
 """Batches among which training rows are sorted by length."""
@@ -192,15 +192,17 @@ def make_catalog(sequences: Sequences, split: Split) -> Catalog:
     return Catalog(sequences.domain_names, item_domain, torch.from_numpy(train_counts(sequences, split)))
 
 
-def train_stream(
-    sequences: Sequences, split: Split, domain: str | None = None
-) -> tuple[Int[Tensor, " events"], Int[Tensor, " boundaries"]]:
-    """The users' TRAIN events laid end to end, and where each user's begin and end, for models that count.
+def training_events(sequences: Sequences, split: Split, domain: str | None = None) -> TrainingEvents:
+    """The users' TRAIN events laid end to end, for models that read something off them before training.
 
     `domain` leaves out the events of the others. Raises DataError for an unknown domain.
     """
     keep = (split.role == TRAIN) & _of_domain(sequences, domain)
-    return torch.from_numpy(sequences.items[keep].astype(np.int64)), torch.from_numpy(_kept_offsets(sequences, keep))
+    return TrainingEvents(
+        items=torch.from_numpy(sequences.items[keep].astype(np.int64)),
+        times=torch.from_numpy(sequences.times[keep]),
+        offsets=torch.from_numpy(_kept_offsets(sequences, keep)),
+    )
 
 
 @dataclass(frozen=True)

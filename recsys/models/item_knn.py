@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recsys.loading import Config
 from recsys.models.sparse import SparseRows
-from recsys.types import Batch, Catalog
+from recsys.types import Batch, Catalog, TrainingEvents
 
 _BACKOFF = 1e-4
 """Score of the most popular item, were popularity all there is: far below a similarity that matters."""
@@ -49,8 +49,9 @@ class ItemKNN(nn.Module):
         self.register_buffer("popularity", torch.zeros(num_items + 1))
         self.similar = SparseRows()
 
-    def fit(self, items: Int[Tensor, " events"], offsets: Int[Tensor, " boundaries"]) -> None:
-        """Counts the users' training streams, laid end to end: user u's are `items[offsets[u]:offsets[u + 1]]`."""
+    def fit(self, events: TrainingEvents) -> None:
+        """Counts the users' training streams."""
+        items, offsets = events.items, events.offsets
         counts = torch.bincount(items, minlength=len(self.popularity))
         self.popularity.copy_(counts / counts.max().clamp(min=1))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recsys.loading import Config
 from recsys.models.sparse import SparseRows
-from recsys.types import Batch, Catalog
+from recsys.types import Batch, Catalog, TrainingEvents
 
 
 class MarkovConfig(Config):
@@ -45,8 +45,9 @@ class Markov(nn.Module):
         self.merged = Chain(len(item_domain))
         self.within = Chain(len(item_domain))
 
-    def fit(self, items: Int[Tensor, " events"], offsets: Int[Tensor, " boundaries"]) -> None:
-        """Counts the users' training streams, laid end to end: user u's are `items[offsets[u]:offsets[u + 1]]`."""
+    def fit(self, events: TrainingEvents) -> None:
+        """Counts the users' training streams."""
+        items, offsets = events.items, events.offsets
         stream = items.cpu().numpy().astype(np.int64)
         user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets.cpu().numpy()))
         domain = self.item_domain.cpu().numpy()[stream]

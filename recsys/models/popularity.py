@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recsys.loading import Config
-from recsys.types import Batch, Catalog
+from recsys.types import Batch, Catalog, TrainingEvents
 
 
 class PopularityConfig(Config):
@@ -27,9 +27,9 @@ class Popularity(nn.Module):
         super().__init__()
         self.register_buffer("counts", torch.zeros(num_items + 1))
 
-    def fit(self, items: Int[Tensor, " events"], offsets: Int[Tensor, " boundaries"]) -> None:
-        """Counts the users' training streams, laid end to end: user u's are `items[offsets[u]:offsets[u + 1]]`."""
-        self.counts.copy_(torch.bincount(items, minlength=len(self.counts)))
+    def fit(self, events: TrainingEvents) -> None:
+        """Counts the users' training streams."""
+        self.counts.copy_(torch.bincount(events.items, minlength=len(self.counts)))
 
     def scores(self, batch: Batch, items: Int[Tensor, " candidates"]) -> Float[Tensor, "batch candidates"]:
         return self.counts[items].expand(len(batch.items), -1)

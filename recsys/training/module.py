@@ -15,7 +15,7 @@ from recsys.evaluation.ranks import Seen
 from recsys.evaluation.running import RankingMetrics
 from recsys.optim import OptimConfig
 from recsys.results import RunError
-from recsys.types import Batch, Catalog, NegativeSampler, Recommender
+from recsys.types import Batch, Catalog, HasObjective, NegativeSampler, Objective, Recommender
 
 
 class SequentialModule(pl.LightningModule):
@@ -51,6 +51,7 @@ class SequentialModule(pl.LightningModule):
         self.monitor = monitor
         self.seed = seed
         self.config = config
+        self.generator = torch.Generator(catalog.item_domain.device)
 
     @property
     def recommender(self) -> Recommender:
@@ -67,13 +68,25 @@ class SequentialModule(pl.LightningModule):
         cast("TrainBatches", self.trainer.train_dataloader).set_epoch(self.current_epoch)
         seed = epoch_seed(self.seed, self.current_epoch)
         torch.manual_seed(seed)
+        self.generator.manual_seed(seed)
         if self.negatives is not None:
             self.negatives.generator.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(self.recommender(batch), self.recommender.item_embeddings(), batch, self.negatives)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.user))
+        objective = self._objective(batch)
+        table = self.recommender.item_embeddings()
+        answers = [
+            weight * self.loss(hidden, table, objective.batch, self.negatives) for weight, hidden in objective.answers
+        ]
+        loss = torch.stack([*answers, *objective.terms.values()]).sum()
+        values = {"train/loss": loss} | {f"train/{name}": term for name, term in objective.terms.items()}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch.user))
         return loss
+
+    def _objective(self, batch: Batch) -> Objective:
+        if isinstance(self.model, HasObjective):
+            return self.model.objective(batch, self.generator)
+        return Objective(batch, ((1.0, self.recommender(batch)),), {})
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         ranks, cross_entropy = rank_full(DotScorer(self.recommender), batch, self.catalog, self.seen)

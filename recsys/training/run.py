@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import nn
 
-from recsys.data.batches import EvalBatches, TrainBatches, train_stream
+from recsys.data.batches import EvalBatches, TrainBatches
 from recsys.data.split import split_report
 from recsys.evaluation import DotScorer, EvalConfig, Evaluation, RanksInfo, evaluate, summarize
 from recsys.evaluation.ranks import Split
@@ -87,7 +87,7 @@ def open_run(path: Path, data_root: Path | None) -> tuple[RunDirectory, Experime
         raise RunError(
             f"{path} was made on other data: fingerprint {expected[:12]}, here it is {data.fingerprint[:12]}"
         )
-    model = build_model(experiment, data.catalog)
+    model = build_model(experiment, data)
     load_weights(model, run.best, experiment)
     return run, experiment, data, model
 
@@ -175,7 +175,7 @@ def _build(experiment: Experiment, data: Data, device: torch.device) -> _Parts:
     """Raises ConfigError where a part does not fit the data (an exchange on one domain, no negative to be had)."""
     catalog = data.catalog.to(device)
     try:
-        model = build_model(experiment, data.catalog)
+        model = build_model(experiment, data)
         loss = None if experiment.loss is None else experiment.loss.build(catalog)
         negatives = None
         if experiment.negatives is not None:
@@ -196,7 +196,7 @@ def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory,
     )
     if experiment.counts:
         selection = None
-        _count(experiment, data, model, run)
+        _save_counts(experiment, model, run)
     else:
         selection = _fit(experiment, data, parts, run, console)
     seconds_to_train = time.perf_counter() - clock
@@ -226,9 +226,8 @@ def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory,
     write_text(run.done, "")
 
 
-def _count(experiment: Experiment, data: Data, model: nn.Module, run: RunDirectory) -> None:
-    """A model that counts: one pass over the training streams."""
-    model.fit(*train_stream(data.sequences, data.split, domain=experiment.data.domain))  # type: ignore[operator]
+def _save_counts(experiment: Experiment, model: nn.Module, run: RunDirectory) -> None:
+    """A model that counts has seen the training events when it was built."""
     weights = {f"model.{key}": value for key, value in model.state_dict().items()}
     with atomic(run.best) as path:
         torch.save({"state_dict": weights, "config": fingerprint(experiment.yaml())}, path)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recsys.data.batches import EvalBatch, EvalBatches, TrainBatches, make_catalog, train_stream
+from recsys.data.batches import EvalBatch, EvalBatches, TrainBatches, make_catalog, training_events
 from recsys.data.schema import DataError
 from recsys.data.sequences import Sequences
 from recsys.data.split import CONTEXT, TEST, TRAIN, VALID, LeaveOneOut, PerDomainLast, Split, make_split
@@ -166,9 +166,9 @@ def test_a_single_domain_sees_and_asks_nothing_else(sequences: Sequences) -> Non
     assert rows.seen.tolist() == [[1, 2]]
     assert rows.history.tolist() == [2]
     assert rows.position.tolist() == [4]  # in the packed sequences, not in the view
-    items, offsets = train_stream(sequences, split, domain="food")
-    assert items.tolist() == [1, 2, 2, 3]
-    assert offsets.tolist() == [0, 2, 2, 4]
+    events = training_events(sequences, split, domain="food")
+    assert events.items.tolist() == [1, 2, 2, 3]
+    assert events.offsets.tolist() == [0, 2, 2, 4]
 
 
 def test_a_target_without_history_is_skipped_and_counted(sequences: Sequences) -> None:
@@ -194,9 +194,10 @@ def test_catalog_and_stream_hold_training_events_only(sequences: Sequences) -> N
     assert catalog.domain_names == ("food", "kitchen")
     assert catalog.item_domain.tolist() == [NO_DOMAIN, 0, 0, 0, 1, 1, 1]
     assert catalog.train_counts.tolist() == [0, 1, 2, 1, 1, 0, 1]
-    items, offsets = train_stream(sequences, split)
-    assert items.tolist() == [1, 4, 2, 6, 2, 3]
-    assert offsets.tolist() == [0, 3, 4, 6]
+    events = training_events(sequences, split)
+    assert events.items.tolist() == [1, 4, 2, 6, 2, 3]
+    assert events.offsets.tolist() == [0, 3, 4, 6]
+    assert len(events.times) == 6
 
 
 # Windows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recsys.models import ItemKNNConfig, MarkovConfig, PopularityConfig
-from recsys.types import Catalog
+from recsys.types import Catalog, TrainingEvents
 
 # Items 1, 2, 3 in domain 0; 4, 5, 6 in domain 1. Item 6 is never seen in training.
 CATALOG = Catalog(("a", "b"), torch.tensor([-1, 0, 0, 0, 1, 1, 1]), torch.zeros(7, dtype=torch.int64))
@@ -20,7 +20,7 @@ CONFIGS = [PopularityConfig(), MarkovConfig(), ItemKNNConfig()]
 
 def fitted(config):
     model = config.build(CATALOG, 10)
-    model.fit(ITEMS, OFFSETS)
+    model.fit(TrainingEvents(ITEMS, torch.arange(len(ITEMS)), OFFSETS))
     return model
 
 
@@ -150,7 +150,7 @@ def test_an_unfitted_model_says_so(config, ask):
 def test_streams_without_neighbours(config, ask):
     """Users of one event and users of none: nothing follows anything, popularity remains."""
     model = config.build(CATALOG, 10)
-    model.fit(torch.tensor([2, 5, 5]), torch.tensor([0, 1, 1, 2, 3]))
+    model.fit(TrainingEvents(torch.tensor([2, 5, 5]), torch.zeros(3).long(), torch.tensor([0, 1, 1, 2, 3])))
     scores = model.scores(ask(([1, 5], 0)), EVERY)
     assert scores.isfinite().all()
     assert scores[0, 4] > scores[0, 1] > scores[0, 0]

@@ -51,7 +51,7 @@ def losses(model: str, loss: str) -> list[float]:
     }
     experiment = parse_config(values, Experiment, "golden")
     data = load_data(experiment.data, None)
-    module = build_model(experiment, data.catalog)
+    module = build_model(experiment, data)
     assert experiment.loss is not None
     criterion = experiment.loss.build(data.catalog)
     sampler = None
