@@ -61,6 +61,9 @@ class TrainerConfig(Config):
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=1)
     """Users per step."""
+    length_pool: int | None = Field(32, ge=2)
+    """Training rows are sorted by length within pools of this many batches, which leaves little padding but batches
+    of users who are alike in length; null leaves them mixed."""
     validate_every: int = Field(1, ge=1)
     """Epochs between validations."""
     monitor: str = "validation/macro/ndcg@10"

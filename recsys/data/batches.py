@@ -19,17 +19,14 @@ from recsys.data.sequences import Sequences
 from recsys.data.split import TEST, TRAIN, VALID, Split, train_counts
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, TrainingEvents
 
-_POOL = 32
-"""Batches among which training rows are sorted by length."""
-
 
 class TrainBatches:
     """Training rows of every user in shuffled batches: items = events[:-1], targets = events[1:], TRAIN events only.
 
     The order of an epoch is a function of (seed, epoch) alone: all rows are shuffled, sorted by length within pools of
-    32 batches so that little padding is left, cut into batches, and the batches are shuffled. A batch is trimmed to its
-    longest row. Each iteration runs over the current epoch from its first batch; only after `load_state_dict` it goes
-    on where that state was taken.
+    `length_pool` batches so that little padding is left (None does not sort), cut into batches, and the batches are
+    shuffled. A batch is trimmed to its longest row. Each iteration runs over the current epoch from its first batch;
+    only after `load_state_dict` it goes on where that state was taken.
     """
 
     def __init__(
@@ -43,6 +40,7 @@ class TrainBatches:
         device: torch.device | str,
         domain: str | None = None,
         windows: Literal["last", "all"] = "last",
+        length_pool: int | None = 32,
     ) -> None:
         """`windows`: a row of a user's last `max_len` targets; or rows of consecutive targets, the last one full, that
         make each TRAIN event but the user's first a target once. `domain` leaves out the events of the others.
@@ -50,6 +48,7 @@ class TrainBatches:
         """
         assert max_len >= 1
         assert batch_size >= 1
+        assert length_pool is None or length_pool >= 1
         keep = (split.role == TRAIN) & _of_domain(sequences, domain)
         self._events = _Events.pack(sequences, keep, device)
         user, start, stop = _windows(self._events.offsets, max_len, windows)
@@ -58,6 +57,7 @@ class TrainBatches:
         self.skipped = sequences.num_users - len(np.unique(user))
         """Users with fewer than two events to train on: they have no row."""
         self._batch_size = batch_size
+        self._length_pool = length_pool
         self._seed = seed
         self._epoch = 0
         self._first = self._next = 0
@@ -92,9 +92,10 @@ class TrainBatches:
         mixed = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed[0]))
         rows = torch.randperm(len(self._lengths), generator=generator)
-        pool = torch.arange(len(rows)) // (_POOL * self._batch_size)
-        key = pool * (1 + int(self._lengths.max())) + self._lengths[rows] if len(rows) else pool
-        batches = rows[key.argsort(stable=True)].split(self._batch_size)
+        if self._length_pool is not None and len(rows):
+            pool = torch.arange(len(rows)) // (self._length_pool * self._batch_size)
+            rows = rows[(pool * (1 + int(self._lengths.max())) + self._lengths[rows]).argsort(stable=True)]
+        batches = rows.split(self._batch_size)
         return tuple(batches[index] for index in torch.randperm(len(self), generator=generator).tolist())
 
     def _gather(self, rows: Int[Tensor, " batch"], longest: int) -> Batch:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from recsys.models.abxi import ABXIConfig
 from recsys.models.count import count_parameters
 from recsys.models.cross_domain import CrossDomainConfig
 from recsys.models.item_knn import ItemKNNConfig
@@ -12,10 +13,17 @@ from recsys.models.popularity import PopularityConfig
 from recsys.models.sasrec import SASRecConfig
 
 ModelConfig = Annotated[
-    PopularityConfig | MarkovConfig | ItemKNNConfig | SASRecConfig | CrossDomainConfig, Field(discriminator="name")
+    PopularityConfig  # one per line, in the order of the README
+    | MarkovConfig
+    | ItemKNNConfig
+    | SASRecConfig
+    | CrossDomainConfig
+    | ABXIConfig,
+    Field(discriminator="name"),
 ]
 
 __all__ = [
+    "ABXIConfig",
     "CrossDomainConfig",
     "ItemKNNConfig",
     "MarkovConfig",

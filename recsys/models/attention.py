@@ -30,14 +30,23 @@ class MultiHeadAttention(nn.Module):
         context: Float[Tensor, "batch context d_model"],
         mask: Bool[Tensor, "batch length context"],
     ) -> Float[Tensor, "batch length d_model"]:
-        q = self._split(self.query(query))
-        k, v = (self._split(part) for part in self.key_value(context).chunk(2, dim=-1))
+        output = self.output(self.attend(self.query(query), self.key_value(context), mask))
+        return output.masked_fill(~mask.any(dim=-1, keepdim=True), 0)  # not even the out-projection's bias
+
+    def attend(
+        self,
+        query: Float[Tensor, "batch length d_model"],
+        key_value: Float[Tensor, "batch context two_d_model"],
+        mask: Bool[Tensor, "batch length context"],
+    ) -> Float[Tensor, "batch length d_model"]:
+        """The heads' results side by side, before the out-projection, of inputs that are projected already."""
+        q = self._split(query)
+        k, v = (self._split(part) for part in key_value.chunk(2, dim=-1))
         # A softmax over nothing is NaN, forward or backward, depending on the kernel. Such a row looks everywhere
-        # instead, and its result is thrown away after the out-projection, whose bias it must not keep either.
+        # instead, and its result is thrown away.
         empty = ~mask.any(dim=-1, keepdim=True)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | empty)[:, None])
-        output = self.output(attended.transpose(1, 2).flatten(2))
-        return output.masked_fill(empty, 0)
+        return attended.transpose(1, 2).flatten(2).masked_fill(empty, 0)
 
     def _split(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch heads length width"]:
         return x.unflatten(-1, (self.num_heads, x.shape[-1] // self.num_heads)).transpose(1, 2)

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from recsys.models.attention import CrossAttention, ElementwiseGate, ScalarGate
+from recsys.models.abxi import LowRank, SwiGLU
+from recsys.models.attention import CrossAttention, ElementwiseGate, MultiHeadAttention, ScalarGate
 from recsys.models.embeddings import ItemEmbedding
 from recsys.models.encoders import EncoderBlock
 
@@ -10,6 +11,9 @@ _GROUPS: dict[type[nn.Module], str] = {
     ItemEmbedding: "item_table",
     nn.Embedding: "other_embeddings",
     EncoderBlock: "encoder",
+    MultiHeadAttention: "encoder",
+    SwiGLU: "encoder",
+    LowRank: "encoder",
     CrossAttention: "cross_attention",
     ElementwiseGate: "gate",
     ScalarGate: "gate",

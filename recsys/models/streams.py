@@ -38,7 +38,7 @@ class Streams:
     event_slot: Int[Tensor, "batch length"]
     """The slot of each event; `slots`, one past the end, at padding."""
     question_slot: Int[Tensor, "batch length"]
-    """The slot that answers each question; `slots`, one past the end, where nothing is asked."""
+    """The slot that answers each question; `slots`, one past the end, where there is none."""
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Values per slot as one `rows, length, …` tensor for each domain (views)."""
@@ -56,14 +56,18 @@ class Streams:
         return torch.cat([*flat, flat[0].new_zeros(1, flat[0].shape[1])])[slot]
 
 
-def cut_streams(batch: Batch, num_domains: int) -> Streams:
-    """Reads the history and which domain each of its positions asks for; waits twice for the device, for sizes."""
+def cut_streams(batch: Batch, num_domains: int, question_slots: bool = True) -> Streams:
+    """Reads the history and which domain each of its positions asks for; waits twice for the device, for sizes.
+
+    Without `question_slots` there are event slots only, and a question is answered by the slot of the latest event of
+    its domain, if any: the same states at less work where nothing but the domain's own events goes into them.
+    """
     device = batch.items.device
     real = batch.mask
     domain = torch.arange(num_domains, device=device)[:, None, None]
     event = (batch.domains == domain) & real  # domain batch length, like everything up to `where`
     asked = (batch.target_domains == domain) & real
-    slot = event | asked
+    slot = event | asked if question_slots else event
 
     used = slot.sum(dim=2)
     present = used > 0
@@ -86,9 +90,15 @@ def cut_streams(batch: Batch, num_domains: int) -> Streams:
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(total).index_copy_(0, target, values)
 
-    def slot_of(chosen: Bool[Tensor, "domains batch length"]) -> Int[Tensor, "batch length"]:
-        found = torch.where(chosen, place, 0).sum(dim=0)  # at most one domain is chosen at a position
+    def slot_of(
+        chosen: Bool[Tensor, "domains batch length"], places: Int[Tensor, "domains batch length"]
+    ) -> Int[Tensor, "batch length"]:
+        found = torch.where(chosen, places, 0).sum(dim=0)  # at most one domain is chosen at a position
         return torch.where(chosen.any(dim=0), found, total)
+
+    answered, answers = asked, place
+    if not question_slots:
+        answered, answers = asked & (latest >= 0), place.gather(2, latest.clamp(min=0))
 
     return Streams(
         shapes=tuple((row_count, length) for row_count, length in shapes),
@@ -99,6 +109,6 @@ def cut_streams(batch: Batch, num_domains: int) -> Streams:
         count=spread(event.cumsum(dim=2)[where]),
         event=spread(event[where]),
         real=spread(torch.ones_like(target, dtype=torch.bool)),
-        event_slot=slot_of(event),
-        question_slot=slot_of(asked),
+        event_slot=slot_of(event, place),
+        question_slot=slot_of(answered, answers),
     )

@@ -259,6 +259,7 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
         device=device,
         domain=experiment.data.domain,
         windows=experiment.data.windows,
+        length_pool=config.length_pool,
     )
     best = ModelCheckpoint(
         dirpath=run.path,

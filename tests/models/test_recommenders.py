@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recsys.models import CrossDomainConfig, SASRecConfig
+from recsys.models import ABXIConfig, CrossDomainConfig, SASRecConfig
 from recsys.models.attention import CrossConfig
 from recsys.types import NO_DOMAIN, PAD_ID
 
@@ -17,6 +17,19 @@ MAX_LEN = 12
 
 def host(**cross):
     return CrossDomainConfig(**SIZE, cross=CrossConfig(**cross) if cross else None)
+
+
+def abxi(**cross):
+    """ABXI with positions counted from the start: from the end, as published, a state knows how much is to come."""
+    return ABXIConfig(
+        d_model=8,
+        d_ff=12,
+        domain_rank=2,
+        invariant_rank=3,
+        dropout=0.3,
+        positions="from_start",
+        cross=CrossConfig(**cross) if cross else None,
+    )
 
 
 CONFIGS = {
@@ -30,6 +43,9 @@ CONFIGS = {
     "early x 2, tanh": host(placement="early", num_units=2, gate="tanh"),
     "stack, scalar": host(placement="stack", num_units=1, gate="scalar"),
     "stack x 2, no gate, no norm": host(placement="stack", num_units=2, gate="none", layer_norm=False),
+    "abxi": abxi(),
+    "abxi early": abxi(placement="early", num_units=2),
+    "abxi stack": abxi(placement="stack", gate="tanh"),
 }
 NEURAL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -58,7 +74,7 @@ def visible(config, history, t, s, domain):
     """May the state at t that asks for `domain` know the event at s?"""
     if s > t:
         return False
-    if isinstance(config, SASRecConfig):
+    if isinstance(config, SASRecConfig | ABXIConfig):
         return True
     if history[s][1] == domain:
         return True

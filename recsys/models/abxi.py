@@ -1,0 +1,297 @@
+"""ABXI (Bian et al., WWW 2025): one encoder for all streams, low-rank maps that tell them apart."""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from recsys.loading import Config
+from recsys.models.attention import CrossConfig, MultiHeadAttention, check_heads
+from recsys.models.embeddings import HistoryEmbedding, ItemEmbedding, check_length
+from recsys.models.encoders import causal_mask
+from recsys.models.exchange import check_cross, exchange, make_units, other_events
+from recsys.models.initialization import STD
+from recsys.models.streams import Streams, cut_streams
+from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog
+
+
+class ABXIConfig(Config):
+    """The defaults are the published ones for Food–Kitchen."""
+
+    name: Literal["abxi"] = "abxi"
+    d_model: Annotated[int, Field(ge=1)] = 256
+    d_ff: Annotated[int, Field(ge=1)] = 680
+    num_heads: Annotated[int, Field(ge=1)] = 2
+    domain_rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the map that sets a stream apart in the shared encoder (published as rd)."""
+    invariant_rank: Annotated[int, Field(ge=1)] = 64
+    """Rank of the map that fits the invariant interest to a domain (published as ri)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    positions: Literal["from_end", "from_start"] = "from_end"
+    """Positions count from the newest event of a stream, as published, or from its first. From the end, a state in
+    the middle of a training row knows how many events follow, though not which."""
+    cross: CrossConfig | None = None
+    """The exchange between the domains; null: ABXI as published, which has none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ABXIConfig":
+        check_heads(self.d_model, self.num_heads)
+        check_cross(self.cross, self.d_model, num_layers=1)
+        return self
+
+    def build(self, catalog: Catalog, max_len: int, generator: torch.Generator | None = None) -> "ABXI":
+        return ABXI(self, catalog.num_items, catalog.num_domains, max_len, generator)
+
+
+class ABXI(nn.Module):
+    """Streams s: x, the merged history, and one per domain. For the events of each (Drop is dropout)
+
+        E_s = Drop(item + position)
+        H_s = LN(E_s + Drop(MHA(E_s)))                       MHA causal; it, its LN and FFN shared by all streams
+        H_s = LN_s(H_s + Drop(FFN(H_s)) + Drop(dLoRA_s(H_s)))
+
+    and where domain k is asked for at t, with the state of x at t and that of k at its latest event up to t,
+
+        hidden = LN_k1(H_x + Drop(FFN_i(H_x)) + Drop(iLoRA_k(H_x))) + LN_k2(H_k + Drop(FFN_k(H_k)))
+
+    That pairing is the paper's task-guided alignment. H_k is 0 where k has no event yet. Every FFN is
+    W3(silu(W2 h) * W1 h) without biases. Written from the equations for two domains; nothing in them is particular
+    to two.
+
+    Padding is no key here, where the released code lets it be one: there a row of zeros has the key and value of the
+    projections' biases, and draws attention according to how much padding there is.
+
+    With an exchange (not part of ABXI) each domain's states query the other domains' states between embedding and
+    encoder (`early`) or after the encoder (`stack`); a question then has a state of its own, as in `CrossDomain`,
+    which knows what the other domains show up to t.
+    """
+
+    def __init__(
+        self,
+        config: ABXIConfig,
+        num_items: int,
+        num_domains: int,
+        max_len: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        d_model, d_ff = config.d_model, config.d_ff
+        self.max_len = max_len
+        self.num_domains = num_domains
+        self.from_end = config.positions == "from_end"
+        self.embedding = HistoryEmbedding(
+            num_items=num_items, num_positions=max_len + 1, num_domains=None, d_model=d_model, dropout=config.dropout
+        )
+        self.attention = MultiHeadAttention(d_model, config.num_heads)
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.feed_forward = SwiGLU(d_model, d_ff)
+        self.stream_maps = nn.ModuleList(LowRank(d_model, config.domain_rank) for _ in range(1 + num_domains))
+        self.stream_norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(1 + num_domains))
+        self.invariant = SwiGLU(d_model, d_ff)
+        self.invariant_maps = nn.ModuleList(LowRank(d_model, config.invariant_rank) for _ in range(num_domains))
+        self.invariant_norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(num_domains))
+        self.own = nn.ModuleList(SwiGLU(d_model, d_ff) for _ in range(num_domains))
+        self.own_norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(num_domains))
+        self.dropout = nn.Dropout(config.dropout)
+        _initialize_as_published(self, generator)
+        self.early, self.stack = make_units(config.cross, num_domains, d_model, generator)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch length d_model"]:
+        check_length(batch, self.max_len)
+        early, stack = (cast("Iterable[nn.ModuleList]", units) for units in (self.early, self.stack))
+        crosses = bool(self.early or self.stack)
+        streams = cut_streams(batch, self.num_domains, question_slots=crosses)
+        others = other_events(batch, streams) if crosses else []
+
+        # Rows without padding, first those of x, then the slots of each domain: maps run once, on all of them.
+        cells, slots = _where(batch.mask), _where(streams.real)
+        sizes = [len(cells), len(slots)]
+        items = torch.cat([batch.items.flatten()[cells], streams.item[slots]])
+        places = torch.cat([self._merged_places(batch).flatten()[cells], self._slot_places(batch, streams)[slots]])
+        known = items != PAD_ID  # a question slot of a domain without events holds no item
+        x, s = self.embedding(items, places, items, known).split(sizes)
+        for units in early:
+            s = _exchange(units, s, slots, streams, others)
+        e = torch.cat([x, s])
+        attended = self.attention.output(self._attend(e, batch, cells, streams, slots)).masked_fill(~known[:, None], 0)
+        x, s = self.attention_norm(e + self.dropout(attended)).split(sizes)
+
+        # The questions, domain by domain; those of a domain without events so far have no slot without an exchange.
+        asked = _where(batch.mask & (batch.target_domains != NO_DOMAIN))
+        asked = asked[batch.target_domains.flatten()[asked].argsort(stable=True)]
+        domain = batch.target_domains.flatten()[asked]
+        slot = streams.question_slot.flatten()[asked]
+        has_slot = slot < len(streams.real)
+        x_rows, s_rows = _row(batch.mask)[asked], _row(streams.real)[slot[has_slot]]
+        if self.stack:
+            x, s = self._set_apart(x, s, streams.domain[slots])
+            for units in stack:
+                s = _exchange(units, s, slots, streams, others)
+            x, s = x[x_rows], s[s_rows]
+        else:  # what no question reads is left out: in evaluation, most of a history
+            x, s = self._set_apart(x[x_rows], s[s_rows], domain[has_slot])
+        own = s.new_zeros(x.shape).index_copy(0, _where(has_slot), s)
+        answers = self._answer(x, own, domain)
+        return (
+            answers.new_zeros(batch.items.numel(), x.shape[1])
+            .index_copy(0, asked, answers)
+            .unflatten(0, batch.items.shape)
+        )
+
+    def item_embeddings(self) -> Float[Tensor, "items d_model"]:
+        return self.embedding.items.weight
+
+    def _merged_places(self, batch: Batch) -> Int[Tensor, "batch length"]:
+        count = batch.mask.cumsum(dim=1)
+        return count[:, -1:] - count + 1 if self.from_end else count
+
+    def _slot_places(self, batch: Batch, streams: Streams) -> Int[Tensor, " slots"]:
+        """From the end, the newest event is the one before the last that is asked for: 1, and 0 for what follows it."""
+        if not self.from_end:
+            return streams.count
+        domains = torch.arange(self.num_domains, device=batch.items.device)[:, None, None]
+        events = ((batch.domains == domains) & batch.mask).sum(dim=2)
+        asked_last = batch.target_domains[:, -1] == domains[:, :, 0]
+        return (events + asked_last)[streams.domain, streams.row] - streams.count
+
+    def _attend(
+        self,
+        events: Float[Tensor, "events d_model"],
+        batch: Batch,
+        cells: Int[Tensor, " cells"],
+        streams: Streams,
+        slots: Int[Tensor, " slots"],
+    ) -> Float[Tensor, "events d_model"]:
+        """Each stream to itself, every state to the events before it and its own."""
+        sizes = [len(cells), len(slots)]
+        (x_query, s_query), (x_pair, s_pair) = (
+            map_(events).split(sizes) for map_ in (self.attention.query, self.attention.key_value)
+        )
+        shape, real = batch.items.shape, batch.mask
+        x = self.attention.attend(
+            _spread(x_query, cells, real.numel()).unflatten(0, shape),
+            _spread(x_pair, cells, real.numel()).unflatten(0, shape),
+            causal_mask(real),
+        )
+        blocks = zip(
+            *(streams.split(_spread(part, slots, len(streams.real))) for part in (s_query, s_pair)),
+            streams.split(streams.event),
+            strict=True,
+        )
+        s = [self.attention.attend(q, kv, causal_mask(event)).flatten(0, 1) for q, kv, event in blocks if len(q)]
+        return torch.cat([x.flatten(0, 1)[cells], torch.cat(s)[slots] if s else s_query])
+
+    def _set_apart(
+        self, x: Float[Tensor, "merged d_model"], s: Float[Tensor, "own d_model"], domain: Int[Tensor, " own"]
+    ) -> tuple[Float[Tensor, "merged d_model"], Float[Tensor, "own d_model"]]:
+        """The encoder's feed-forward map with the low-rank map of each stream; `domain` is sorted."""
+        sizes = [len(x), *torch.bincount(domain, minlength=self.num_domains).tolist()]
+        h = torch.cat([x, s])
+        shared = (h + self.dropout(self.feed_forward(h))).split(sizes)
+        parts = zip(self.stream_norms, self.stream_maps, shared, h.split(sizes), strict=True)
+        return torch.cat([norm(y + self.dropout(low_rank(part))) for norm, low_rank, y, part in parts]).split(
+            [len(x), len(s)]
+        )
+
+    def _answer(
+        self,
+        merged: Float[Tensor, "questions d_model"],
+        own: Float[Tensor, "questions d_model"],
+        domain: Int[Tensor, " questions"],
+    ) -> Float[Tensor, "questions d_model"]:
+        """What both streams say of the domain asked for; `domain` is sorted."""
+        sizes = torch.bincount(domain, minlength=self.num_domains).tolist()
+        invariant = (merged + self.dropout(self.invariant(merged))).split(sizes)
+        parts = zip(
+            self.invariant_norms,
+            self.invariant_maps,
+            self.own_norms,
+            self.own,
+            invariant,
+            merged.split(sizes),
+            own.split(sizes),
+            strict=True,
+        )
+        return torch.cat(
+            [
+                norm(y + self.dropout(low_rank(h_x))) + own_norm(h_k + self.dropout(feed_forward(h_k)))
+                for norm, low_rank, own_norm, feed_forward, y, h_x, h_k in parts
+            ]
+        )
+
+
+class SwiGLU(nn.Module):
+    """W3 (silu(W2 h) * W1 h)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_and_value = nn.Linear(d_model, 2 * d_ff, bias=False)
+        self.output = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, h: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+        gate, value = self.gate_and_value(h).chunk(2, dim=-1)
+        return self.output(F.silu(gate) * value)
+
+
+class LowRank(nn.Module):
+    """LoRA: h (A B)^T, with B zero at the start."""
+
+    def __init__(self, d_model: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(d_model, rank))
+        self.b = nn.Parameter(torch.zeros(rank, d_model))
+
+    def forward(self, h: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+        return F.linear(F.linear(h, self.b), self.a)
+
+
+def _initialize_as_published(model: nn.Module, generator: torch.Generator | None) -> None:
+    """Linear maps from N(0, 0.02²), tables from the same cut off at two deviations, attention's input maps from
+    Xavier's uniform law over their three blocks at once, A of the low-rank maps from N(0, 0.02²)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=STD, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding | ItemEmbedding):
+            nn.init.trunc_normal_(module.weight, std=STD, a=-2 * STD, b=2 * STD, generator=generator)
+        elif isinstance(module, LowRank):
+            nn.init.normal_(module.a, std=STD, generator=generator)
+    for module in model.modules():
+        if isinstance(module, ItemEmbedding):
+            nn.init.zeros_(module.weight[PAD_ID])
+        elif isinstance(module, MultiHeadAttention):
+            bound = (6 / (4 * module.query.in_features)) ** 0.5
+            for part in (module.query, module.key_value):
+                nn.init.uniform_(part.weight, -bound, bound, generator=generator)
+
+
+def _exchange(
+    units: nn.ModuleList,
+    states: Float[Tensor, "own d_model"],
+    slots: Int[Tensor, " own"],
+    streams: Streams,
+    others: list[Tensor],
+) -> Float[Tensor, "own d_model"]:
+    """The exchange on states without padding."""
+    blocks = streams.split(_spread(states, slots, len(streams.real)))
+    return torch.cat([block.flatten(0, 1) for block in exchange(units, blocks, streams, others)])[slots]
+
+
+def _where(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " rows"]:
+    """Flat places of what is True."""
+    return mask.flatten().nonzero().flatten()
+
+
+def _row(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " cells"]:
+    """Which row each True cell has once the others are left out."""
+    return mask.flatten().cumsum(dim=0) - 1
+
+
+def _spread(rows: Float[Tensor, "rows width"], cells: Int[Tensor, " rows"], total: int) -> Float[Tensor, "cells width"]:
+    """The rows at their cells again, zeros elsewhere."""
+    return rows.new_zeros(total, rows.shape[1]).index_copy(0, cells, rows)
