@@ -54,11 +54,16 @@ def caveats(final: dict[str, Any]) -> Iterator[str]:
             "a test event, on average"
         )
     for domain, counts in final["counts"].items():
-        yield (
-            f"{domain}: {counts['candidates']:,} candidates, {counts['cold_candidates']:,} of them without a training "
-            f"event, and {counts['cold_targets']:,} of the targets; {counts['repeated_targets']:,} targets repeat an "
-            "item of their history"
-        )
+        notes = []
+        if counts["cold_candidates"]:
+            notes.append(
+                f"{counts['cold_candidates']:,} of {counts['candidates']:,} items and {counts['cold_targets']:,} of "
+                f"{counts['targets']:,} targets were never seen in training"
+            )
+        if counts["repeated_targets"]:
+            notes.append(f"{counts['repeated_targets']:,} targets repeat an item of their history")
+        if notes:
+            yield f"{domain}: {'; '.join(notes)}"
 
 
 def comparison_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
