@@ -263,6 +263,30 @@ def results(
             print(f"left out: {run.path} is {run.state}", file=sys.stderr)
 
 
+@app.command()
+def replicate(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Runs, or folders of runs. Default: runs.")] = None,
+    published: Annotated[Path, typer.Option("--published", help="The published numbers, a YAML file.")] = Path(
+        "results/published.yaml"
+    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write every number and where it comes from as JSON.")
+    ] = None,
+    format_: Format = "table",
+) -> None:
+    """Runs beside the numbers that others publish for them: relative difference, spread, seeds, time, hardware."""
+    with clear_errors():
+        from recsys.loading import load_yaml
+        from recsys.report.replication import Published, replication_frame
+        from recsys.report.replication import replicate as hold_against
+        from recsys.results import find_runs, write_json
+
+        records = hold_against(find_runs(runs or [Path("runs")]), load_yaml(published, Published))
+        if output is not None:
+            write_json(output, records)
+        _show(replication_frame(records), format_)
+
+
 @data_app.command("list")
 def data_list(data_root: DataRoot = None) -> None:
     """The datasets that have a card, and what of them is here."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 COLUMNS = ["run", "name", "seed", "parameters", "seconds", "commit", "key", "value", "low", "high", "n"]
 """Of the table of many runs."""
@@ -76,6 +77,21 @@ class RunDirectory:
             raise RunError(f"{path} is not a run directory (it has no config.yaml); runs are made by `recsys train`")
         return cls(path)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the directory and keeps other processes from working in it. Raises RunError where one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"another process is working on {self.path}; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # nobody waits for it: who finds it taken gives up
+            lock.release()
+
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
@@ -140,6 +156,10 @@ class RunDirectory:
             raise RunError(f"{self.path} is not finished (it is {self.state}); train it to its end first")
         return json.loads(self.final.read_text())
 
+    def read_environment(self) -> dict[str, Any]:
+        """Commit, command, versions, hardware and times of a finished run."""
+        return json.loads(self.environment.read_text())
+
     def read_log(self) -> list[dict[str, Any]]:
         """One record per epoch; a line cut short by a crash is left out."""
         records = []
@@ -174,7 +194,7 @@ def load(runs: Iterable[RunDirectory]) -> pd.DataFrame:
             continue
         final = run.read_final()
         about: dict[str, Any] = {"run": run.path.name, "name": final["name"], "seed": final["seed"]}
-        environment = json.loads(run.environment.read_text())
+        environment = run.read_environment()
         about["parameters"] = final["parameters"]["total"]
         about |= {"seconds": environment["seconds"], "commit": environment["commit"]}
         rows.extend({**about, "key": key, **interval} for key, interval in final["metrics"].items())

@@ -51,9 +51,7 @@ def train(
     only with `retry`; `overwrite` starts from nothing. A failure leaves its traceback in `FAILED`.
     """
     run = RunDirectory.of(runs_dir, experiment.name, experiment.yaml(), data.fingerprint)
-    if overwrite:
-        run.clear()
-    match run.state:
+    match "new" if overwrite else run.state:
         case "done":
             console.print(f"{run.path} is done; --overwrite runs it again", highlight=False)
             return run
@@ -62,15 +60,17 @@ def train(
         case "partial":
             console.print(f"{run.path} was cut off and goes on from its last checkpoint", highlight=False)
     parts = _build(experiment, data, choose_device(experiment.trainer))
-    run.path.mkdir(parents=True, exist_ok=True)
-    run.failed.unlink(missing_ok=True)
-    write_text(run.config, experiment.yaml())
-    try:
-        _train(experiment, data, parts, run, console)
-    except Exception:
-        with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-            write_text(run.failed, traceback.format_exc())
-        raise
+    with run.held():
+        if overwrite:
+            run.clear()
+        run.failed.unlink(missing_ok=True)
+        write_text(run.config, experiment.yaml())
+        try:
+            _train(experiment, data, parts, run, console)
+        except Exception:
+            with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+                write_text(run.failed, traceback.format_exc())
+            raise
     return run
 
 
@@ -249,6 +249,7 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
         monitor=config.monitor,
         seed=experiment.seed,
         config=fingerprint(experiment.yaml()),
+        balance=None if experiment.balance is None else experiment.balance.build(),
     )
     batches = TrainBatches(
         data.sequences,

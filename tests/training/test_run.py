@@ -170,6 +170,16 @@ def test_a_killed_process_goes_on(finished: RunDirectory, tmp_path: Path) -> Non
     assert run.final.read_bytes() == finished.final.read_bytes()
 
 
+def test_two_processes_cannot_work_on_one_run(finished: RunDirectory) -> None:
+    before = finished.final.read_bytes()
+    with finished.held():
+        with pytest.raises(RunError, match="another process is working on"):
+            run_it(experiment(), finished.path.parent, overwrite=True)
+        assert finished.final.read_bytes() == before
+    with finished.held():  # free again
+        pass
+
+
 def test_a_finished_run_is_not_run_again(finished: RunDirectory) -> None:
     before = finished.final.stat().st_mtime_ns
     run_it(experiment(), finished.path.parent)
