@@ -125,7 +125,11 @@ def train(
         from recsys.training.run import train as train_run
 
         console = _console()
-        run = train_run(experiment, data, runs_dir, console, retry=retry, overwrite=overwrite)
+        try:
+            run = train_run(experiment, data, runs_dir, console, retry=retry, overwrite=overwrite)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on after the last epoch that was finished", file=sys.stderr)
+            raise typer.Exit(130) from None
         final = run.read_final()
         for table in run_tables(final["metrics"], final["data"]["domains"], experiment.eval.protocols):
             console.print(table)

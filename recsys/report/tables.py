@@ -34,7 +34,7 @@ def run_tables(
         table.add_column("domain")
         table.add_column("users", justify="right")
         for metric in COLUMNS:
-            table.add_column(metric.upper(), justify="right")
+            table.add_column(metric.upper(), justify="right", overflow="fold")
         present = [d for d in domains if metric_key(stage, d, COLUMNS[0], protocol) in metrics]
         for group in [*present, *(["macro"] if len(present) > 1 else [])]:
             found = [metrics.get(metric_key(stage, group, metric, protocol)) for metric in COLUMNS]
@@ -152,7 +152,8 @@ def _chosen(
 def rich_table(frame: pd.DataFrame) -> Table:
     table = _table(None)
     for place, column in enumerate(frame.columns):
-        table.add_column(Text(str(column)), justify="left" if place == 0 else "right")
+        # On a narrow terminal a cell is folded: a name or an interval cut short says nothing.
+        table.add_column(Text(str(column)), justify="left" if place == 0 else "right", overflow="fold")
     for row in frame.itertuples(index=False):
         table.add_row(*map(Text, row))  # a plain string would lose its [brackets] to rich's markup
     return table

@@ -294,13 +294,16 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
             deterministic="warn" if device.type == "cuda" else True,
         )
         if not _stopped_early(run, config):
-            trainer.fit(
-                module,
-                train_dataloaders=batches,
-                val_dataloaders=eval_batches(experiment, data, experiment.eval, "validation", device),
-                ckpt_path=run.last if run.last.exists() else None,
-                weights_only=True,
-            )
+            try:
+                trainer.fit(
+                    module,
+                    train_dataloaders=batches,
+                    val_dataloaders=eval_batches(experiment, data, experiment.eval, "validation", device),
+                    ckpt_path=run.last if run.last.exists() else None,
+                    weights_only=True,
+                )
+            except SystemExit:  # which Lightning makes of an interrupt
+                raise KeyboardInterrupt from None
     load_weights(parts.model, run.best, experiment)
     log = run.read_log()
     chosen = max((record for record in log if config.monitor in record), key=lambda record: record[config.monitor])

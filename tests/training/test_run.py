@@ -153,18 +153,26 @@ def test_a_run_cut_off_after_training_is_not_trained_on(tmp_path: Path, patience
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on(finished: RunDirectory, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_killed_process_goes_on(sent: signal.Signals, code: int, finished: RunDirectory, tmp_path: Path) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text(dump_yaml(experiment()))
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "train.py"), "--config", str(config), "--runs-dir", str(tmp_path / "runs")]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(sent)
+    assert process.wait() == code
     subprocess.run(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=240)
     [run] = [RunDirectory(path) for path in (tmp_path / "runs").iterdir()]
     assert run.final.read_bytes() == finished.final.read_bytes()
