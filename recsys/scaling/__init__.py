@@ -1,0 +1,1 @@
+"""Scaling studies: parameters and FLOPs counted exactly, models matched, laws fitted, architectures compared."""
