@@ -141,6 +141,65 @@ def train(
 
 
 @app.command()
+def tune(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The experiment, a YAML file.", show_default=False)],
+    space: Annotated[
+        Path,
+        typer.Option("--space", help="What to search: keys with choices or ranges, a YAML file.", show_default=False),
+    ],
+    trials: Annotated[int, typer.Option("--trials", "-n", min=1, help="Budget, failed trials included.")] = 20,
+    sampler: Annotated[
+        Literal["random", "tpe"], typer.Option(help="Random search, or Optuna's tree-structured Parzen estimator.")
+    ] = "random",
+    seed: Annotated[int, typer.Option(min=0, help="Of what is tried; the runs keep the experiment's own.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the search. Default: runs/tune/NAME.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    data_root: DataRoot = None,
+    format_: Format = "table",
+) -> None:
+    """Search for good values of an experiment's keys, by validation alone; no test target is ranked.
+
+    Every trial is a run and stands in the record, failed ones too. The same command goes on where it was cut off, and
+    with a larger budget where it ended.
+    """
+    with clear_errors():
+        from rich.console import Console
+
+        from recsys.experiment import Experiment
+        from recsys.loading import load_yaml
+        from recsys.sweeps.tune import best, load_space, trials_frame
+        from recsys.sweeps.tune import tune as search
+
+        experiment = load_yaml(config, Experiment, overrides or [])
+        directory = output or Path("runs/tune") / experiment.name
+        console = _console() if format_ == "table" else Console(quiet=True)
+        try:
+            found = search(
+                experiment,
+                load_space(space, experiment),
+                directory,
+                trials=trials,
+                sampler=sampler,
+                seed=seed,
+                data_root=data_root,
+                console=console,
+            )
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on with the trial that was cut off", file=sys.stderr)
+            raise typer.Exit(130) from None
+        _show(trials_frame(found, experiment.trainer.monitor), format_)
+        chosen = best(found)
+        console.print(
+            f"best    {directory / 'best.yaml'}  (trial {chosen.number + 1})", highlight=False, soft_wrap=True
+        )
+        rest = f"recsys train --config {directory / 'best.yaml'} --runs-dir {directory / 'runs'}"
+        console.print(f"test    {rest}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A finished run directory.", show_default=False)],
     protocol: Protocols = None,

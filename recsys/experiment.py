@@ -1,6 +1,6 @@
 """An experiment, whole: seed, data, model, loss, optimizer, training, evaluation. Composition only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,16 +8,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from recsys.balance import ParetoConfig
 from recsys.data.batches import make_catalog, training_events
 from recsys.data.policies import PrepareOptions, unknown_domain
-from recsys.data.prepare import load_items, load_prepared
+from recsys.data.prepare import load_items, load_prepared, locate_prepared
 from recsys.data.sequences import Sequences
 from recsys.data.split import LeaveOneOut, Split, SplitConfig, make_split
 from recsys.data.synthetic import SyntheticConfig
+from recsys.data.text import ItemText, TextConfig, encode_items, item_titles
 from recsys.evaluation import EvalConfig
+from recsys.evaluation.protocols import PROTOCOLS
 from recsys.loading import Config, dump_yaml
 from recsys.losses import GBCEConfig, LossConfig
-from recsys.models import ItemKNNConfig, MarkovConfig, ModelConfig, PopularityConfig, count_parameters
+from recsys.models import ItemKNNConfig, LLM4CDSRConfig, MarkovConfig, ModelConfig, PopularityConfig, count_parameters
 from recsys.negatives import NegativesConfig
 from recsys.optim import OptimConfig
 from recsys.results import fingerprint
@@ -41,6 +44,10 @@ class DatasetSource(Config):
         """Raw id -> item id and title."""
         return load_items(self.dataset, data_root, self.options)
 
+    def directory(self, data_root: Path | None) -> Path:
+        """Where the prepared dataset lies."""
+        return locate_prepared(self.dataset, data_root, self.options)
+
 
 class DataConfig(Config):
     """Which events, how they are divided, and how much of a history a model sees."""
@@ -53,6 +60,8 @@ class DataConfig(Config):
     """Most recent events of a history that a model sees; truncation comes after the split."""
     windows: Literal["last", "all"] = "last"
     """Train on the last `max_len` targets of a user, or on consecutive windows over the whole history."""
+    text: TextConfig | None = None
+    """Vectors of the items' titles, for models that read them; null: none."""
 
 
 class TrainerConfig(Config):
@@ -99,6 +108,8 @@ class Experiment(Config):
     """null for a model that counts instead of descending a gradient."""
     negatives: NegativesConfig | None = None
     """null for a loss over whole catalogues."""
+    balance: ParetoConfig | None = None
+    """How the loss is weighed against a model's further terms; null adds them with the weights the model gives them."""
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
     eval: EvalConfig = EvalConfig()
@@ -111,6 +122,8 @@ class Experiment(Config):
             )
         if not self.counts and self.loss is None:
             raise ValueError(f"loss: this key is missing; the model {self.model.name!r} is trained by a loss")
+        if self.counts and self.balance is not None:
+            raise ValueError(f"balance: the model {self.model.name!r} counts and has no loss; set the key to null")
         needs = self.loss is not None and self.loss.needs_negatives
         if needs and self.negatives is None:
             assert self.loss is not None
@@ -123,6 +136,12 @@ class Experiment(Config):
                 raise ValueError(
                     f"negatives.scope is {self.negatives.scope!r}, but gbce takes its rate from loss.catalogue "
                     f"{self.loss.catalogue!r}; set negatives.scope to {scope!r} or change loss.catalogue"
+                )
+        for name in self.eval.protocols:
+            if PROTOCOLS[name].by_thread and not isinstance(self.model, LLM4CDSRConfig):
+                raise ValueError(
+                    f"eval.protocols: {name} draws other candidates for each thread of a model, and the model "
+                    f"{self.model.name!r} has a single one; use uni_100"
                 )
         return self
 
@@ -143,11 +162,12 @@ class Data:
     sequences: Sequences
     split: Split
     catalog: Catalog
+    text: ItemText | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any event and any role."""
-        return fingerprint(self.sequences.fingerprint, self.split.hash)
+        """Changes with any event and any role, and with any title where titles are used."""
+        return fingerprint(self.sequences.fingerprint, self.split.hash, *([self.text.fingerprint] if self.text else []))
 
 
 def load_data(config: DataConfig, data_root: Path | None) -> Data:
@@ -156,7 +176,16 @@ def load_data(config: DataConfig, data_root: Path | None) -> Data:
     if config.domain is not None and config.domain not in sequences.domain_names:
         raise unknown_domain(config.domain, sequences.domain_names)
     split = make_split(sequences, config.split)
-    return Data(sequences, split, make_catalog(sequences, split))
+    catalog = make_catalog(sequences, split)
+    text = None
+    if config.text is not None:
+        named, directory = {}, None
+        if isinstance(config.source, DatasetSource):
+            named, directory = config.source.items(data_root), config.source.directory(data_root)
+        titles = item_titles(named, catalog.num_items, config.text.titles)
+        events = training_events(sequences, split, config.domain)
+        text = encode_items(config.text, titles, catalog, events, directory)
+    return Data(sequences, split, catalog, text)
 
 
 def build_model(experiment: Experiment, data: Data) -> nn.Module:
@@ -167,7 +196,8 @@ def build_model(experiment: Experiment, data: Data) -> nn.Module:
     generator = torch.Generator().manual_seed(experiment.seed)
     model = experiment.model.build(data.catalog, experiment.data.max_len, generator)
     if isinstance(model, Fitted):
-        model.fit(training_events(data.sequences, data.split, experiment.data.domain))
+        events = training_events(data.sequences, data.split, experiment.data.domain)
+        model.fit(events if data.text is None else replace(events, text=data.text.vectors))
     return model
 
 

@@ -147,6 +147,16 @@ class Recommender(Protocol):
 
 
 @runtime_checkable
+class HasThreads(Protocol):
+    """A recommender whose score adds up those of several threads: a part of the state with a part of the table each."""
+
+    @property
+    def threads(self) -> tuple[int, ...]:
+        """Width of each part, in the order they stand in `hidden` and in the item vectors."""
+        ...
+
+
+@runtime_checkable
 class Scorer(Protocol):
     """Anything that can be ranked: neural, counted or random."""
 

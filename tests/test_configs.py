@@ -9,10 +9,12 @@ import torch
 from recsys.experiment import Experiment
 from recsys.loading import load_yaml
 from recsys.models import count_parameters
+from recsys.sweeps.tune import load_space, with_values
 from recsys.types import NO_DOMAIN, Catalog
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SPACES = sorted((ROOT / "configs" / "tune").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(SPACES))
 
 
 def test_there_are_configs() -> None:
@@ -42,3 +44,25 @@ def test_baseline_and_treatment_differ_in_one_key() -> None:
     assert treatment["model"].pop("cross") is not None
     assert baseline.pop("name") != treatment.pop("name")
     assert baseline == treatment
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_search_space(path: Path) -> None:
+    """Its keys are those of the config of its name, and each of its ends makes an experiment."""
+    name = path.stem
+    experiment = load_yaml(ROOT / "configs" / "amazon_afk" / f"{name}.yaml", Experiment)
+    header = path.read_text().splitlines()[:2]
+    assert header[0].startswith(f"# Purpose: what to search for {name}")
+    assert f"--config configs/amazon_afk/{name}.yaml --space configs/tune/{name}.yaml" in header[1]
+    for key, dimension in load_space(path, experiment).items():
+        for value in dimension.choices or (dimension.low, dimension.high):
+            with_values(experiment, {key: value})
+
+
+def test_baseline_and_treatment_have_one_search_space() -> None:
+    folder = ROOT / "configs" / "amazon_afk"
+    baseline, treatment = (
+        load_yaml(folder / f"{name}.yaml", Experiment) for name in ("cross_domain_null", "cross_domain")
+    )
+    space = ROOT / "configs" / "tune" / "cross_domain.yaml"
+    assert load_space(space, baseline) == load_space(space, treatment)

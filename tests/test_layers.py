@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "recsys"
 LAYERS = [
     {"types", "loading"},
-    {"data", "models", "losses", "negatives", "evaluation", "optim", "results"},
+    {"data", "models", "losses", "negatives", "evaluation", "optim", "balance", "results"},
     {"experiment", "probes", "scaling"},
     {"training"},
     {"sweeps", "report", "offpolicy"},

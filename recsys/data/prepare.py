@@ -169,11 +169,15 @@ def load_items(
     dataset: str, data_root: Path | str | None = None, options: PrepareOptions | None = None
 ) -> dict[str, tuple[int, str | None]]:
     """Raw id -> item id and title of a prepared dataset."""
+    table = pa.parquet.read_table(locate_prepared(dataset, data_root, options) / "items.parquet").to_pydict()
+    return dict(zip(table["raw_item"], zip(table["item"], table["title"], strict=True), strict=True))
+
+
+def locate_prepared(dataset: str, data_root: Path | str | None = None, options: PrepareOptions | None = None) -> Path:
+    """The directory of a prepared dataset, there or not."""
     root = resolve_data_root(data_root)
     card = load_card(dataset, root)
-    path = variant_path(card, root, card.prepare if options is None else options) / "items.parquet"
-    table = pa.parquet.read_table(path).to_pydict()
-    return dict(zip(table["raw_item"], zip(table["item"], table["title"], strict=True), strict=True))
+    return variant_path(card, root, card.prepare if options is None else options)
 
 
 def variant_path(card: DatasetCard, data_root: Path, options: PrepareOptions) -> Path:

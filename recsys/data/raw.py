@@ -86,6 +86,23 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: line {line} is not UTF-8 text; convert the file to UTF-8") from None
 
 
+def read_titles(path: Path) -> dict[str, str]:
+    """Raw item id -> title of a TSV with the columns `asin` (or `raw_item`) and `title`, perhaps among others."""
+    header, *rows = read_text(path).replace("\r\n", "\n").split("\n")
+    columns = header.split("\t")
+    key = "raw_item" if "raw_item" in columns else "asin"
+    for needed in (key, "title"):
+        if needed not in columns:
+            raise DataError(f"{path}: there is no column {needed!r}; the columns are: {', '.join(columns)}")
+    item, title = columns.index(key), columns.index("title")
+    cells = [row.split("\t") for row in rows if row]
+    short = [at for at, row in enumerate(cells) if len(row) != len(columns)]
+    if short:
+        problems = [f"line {at + 2}: {len(cells[at])} fields, not {len(columns)}" for at in short]
+        raise bad_lines(str(path), problems, len(short), "The file is damaged; get it again, or leave it out.")
+    return {row[item]: row[title] for row in cells}
+
+
 def check_times(
     origin: Path,
     seconds: Int[np.ndarray, " events"],

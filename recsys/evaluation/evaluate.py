@@ -25,9 +25,10 @@ from recsys.evaluation.protocols import (
 )
 from recsys.evaluation.rank import RankInterval, Ties, cross_entropy, rank, rank_sampled
 from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, Seen, Split, ranks_table
+from recsys.evaluation.scorer import DotScorer
 from recsys.evaluation.targets import EvalBatch, Targets
-from recsys.loading import Config
-from recsys.types import Catalog, Scorer
+from recsys.loading import Config, ConfigError
+from recsys.types import Catalog, HasThreads, Scorer
 
 _ROWS = 256
 """Targets scored at a time: their scores over a catalogue of tens of thousands of items stay near the caches."""
@@ -93,11 +94,19 @@ def evaluate(
     """Rank every target under every protocol of `config`.
 
     Nothing depends on how the targets are batched or ordered, as far as the scorer's scores do not.
-    Raises NonFiniteScores if a candidate's score is NaN or infinite, ValueError if there are no targets.
+    Raises NonFiniteScores if a candidate's score is NaN or infinite, ValueError if there are no targets, ConfigError
+    for a protocol by threads and a model without.
     """
     if reserved := {"macro", "micro"}.intersection(catalog.domain_names):
         raise ValueError(f"a domain cannot be called {reserved.pop()!r}, which names a mean over domains; rename it")
     protocols = [PROTOCOLS[name] for name in config.protocols]
+    for protocol in protocols:
+        if protocol.by_thread and not _has_threads(scorer):
+            raise ConfigError(
+                f"protocol {protocol.name}: it draws other candidates for each thread of a model and adds up the "
+                "scores of different items, and this model has a single thread; use uni_100, which ranks the same "
+                "number of candidates as they are"
+            )
     pieces: list[pa.Table] = []
     hashes: dict[tuple[str, int], NegativesHash] = {}
     coverage: dict[tuple[str, int], Coverage] = {}
@@ -118,6 +127,15 @@ def evaluate(
                     )
                     ranks, loss = field.rank()
                     coverage.setdefault(key, Coverage(len(pool), config.ks)).update(field.visible)
+                elif protocol.by_thread:
+                    assert isinstance(scorer, DotScorer)
+                    parts = scorer.thread_scores(targets.batch, pool)
+                    draws = [
+                        draw_negatives(protocol.negatives, pool, catalog, targets, config.seed, thread)
+                        for thread in range(len(parts))
+                    ]
+                    hashes.setdefault(key, NegativesHash()).update(targets, pool[torch.cat(draws, dim=1)])
+                    ranks, loss = _rank_by_thread(parts, draws, pool, targets, protocol), None
                 else:
                     negatives = draw_negatives(protocol.negatives, pool, catalog, targets, config.seed)
                     hashes.setdefault(key, NegativesHash()).update(targets, pool[negatives])
@@ -144,6 +162,28 @@ def rank_full(
             (pool,) = _pools([PROTOCOLS["full"]], catalog, chunk.domain)
             found.append(_Field.of(scorer.scores(chunk.batch, pool), pool, chunk, catalog, seen).rank())
     return RankInterval.concatenate([ranks for ranks, _ in found]), torch.cat([loss for _, loss in found])
+
+
+def _has_threads(scorer: Scorer) -> bool:
+    return isinstance(scorer, DotScorer) and isinstance(scorer.model, HasThreads)
+
+
+def _rank_by_thread(
+    parts: Float[Tensor, "threads batch pool"],
+    draws: Sequence[Int[Tensor, "batch negatives"]],
+    pool: Int[Tensor, " pool"],
+    targets: Targets,
+    protocol: RankingProtocol,
+) -> RankInterval:
+    """Ranks among negatives whose score adds up what the threads give to the items that each of them has drawn."""
+    target_column = torch.searchsorted(pool, targets.target.contiguous())
+    target = parts.sum(0).gather(1, target_column[:, None])
+    rivals = torch.stack([part.gather(1, draw) for part, draw in zip(parts, draws, strict=True)]).sum(0)
+    columns = torch.arange(1, 1 + rivals.shape[1], device=pool.device)
+    negatives = columns.where(draws[0] != target_column[:, None], 0)  # rows with fewer are filled up, in every draw
+    return rank_sampled(
+        torch.cat([target, rivals], dim=1), torch.zeros_like(target_column), negatives, targets.user, protocol.margin
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from recsys.types import NO_DOMAIN, PAD_ID, Batch, Recommender
+from recsys.types import NO_DOMAIN, PAD_ID, Batch, HasThreads, Recommender
 
 
 class DotScorer:
@@ -27,10 +27,28 @@ class DotScorer:
         self.rows = rows
 
     def scores(self, batch: Batch, items: Int[Tensor, " candidates"]) -> Float[Tensor, "batch candidates"]:
+        table = self._table(items)
+        return torch.cat([(state @ table.T).float()[:count] for state, count in self._states(batch)])
+
+    def thread_scores(
+        self, batch: Batch, items: Int[Tensor, " candidates"]
+    ) -> Float[Tensor, "threads batch candidates"]:
+        """What each thread of the model adds to `scores`. Only for a model that `HasThreads`."""
+        assert isinstance(self.model, HasThreads)
+        widths = list(self.model.threads)
+        tables = self._table(items).split(widths, dim=1)
+        chunks = [
+            [(part @ table.T).float()[:count] for part, table in zip(state.split(widths, dim=1), tables, strict=True)]
+            for state, count in self._states(batch)
+        ]
+        return torch.cat([torch.stack(chunk) for chunk in chunks], dim=1)
+
+    def _table(self, items: Int[Tensor, " candidates"]) -> Float[Tensor, "candidates d_model"]:
+        return self.model.item_embeddings()[items].double()  # autocast lets products in fp64 be
+
+    def _states(self, batch: Batch) -> list[tuple[Float[Tensor, "rows d_model"], int]]:
         assert not (isinstance(self.model, nn.Module) and self.model.training), "call model.eval() before scoring"
-        table = self.model.item_embeddings()[items].double()
-        states = [self._last_hidden(batch, start) for start in range(0, len(batch.user), self.rows)]
-        return torch.cat([(state @ table.T).float()[:count] for state, count in states])  # autocast lets fp64 be
+        return [self._last_hidden(batch, start) for start in range(0, len(batch.user), self.rows)]
 
     def _last_hidden(self, batch: Batch, start: int) -> tuple[Float[Tensor, "rows d_model"], int]:
         """The states of the rows from `start` on, in the fixed shape, and how many of them are real."""

@@ -48,6 +48,24 @@ class MultiHeadAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | empty)[:, None])
         return attended.transpose(1, 2).flatten(2).masked_fill(empty, 0)
 
+    def shares(
+        self,
+        query: Float[Tensor, "batch length d_model"],
+        context: Float[Tensor, "batch context d_model"],
+        mask: Bool[Tensor, "batch length context"],
+        groups: Float[Tensor, "batch context groups"],
+    ) -> Float[Tensor, "batch length groups"]:
+        """How each query's attention falls on groups of the context (one-hot), averaged over the heads.
+
+        Sums to 1, or to 0 for a query that may attend to nothing.
+        """
+        key, d_model = self.key_value, query.shape[-1]
+        q, k = self._split(self.query(query)), self._split(F.linear(context, key.weight[:d_model], key.bias[:d_model]))
+        values = groups[:, None].expand(-1, self.num_heads, -1, -1)  # attending to these adds up the shares
+        empty = ~mask.any(dim=-1, keepdim=True)
+        shares = F.scaled_dot_product_attention(q, k, values, attn_mask=(mask | empty)[:, None])
+        return shares.mean(dim=1).masked_fill(empty, 0)
+
     def _split(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch heads length width"]:
         return x.unflatten(-1, (self.num_heads, x.shape[-1] // self.num_heads)).transpose(1, 2)
 

@@ -4,19 +4,27 @@ from torch import nn
 
 from recsys.models.abxi import LowRank, SwiGLU
 from recsys.models.attention import CrossAttention, ElementwiseGate, MultiHeadAttention, ScalarGate
+from recsys.models.c2dsr import Discriminator
 from recsys.models.embeddings import ItemEmbedding
 from recsys.models.encoders import EncoderBlock
+from recsys.models.hstu import HSTUBlock
+from recsys.models.llm4cdsr import Adapter, ProfileAttention
 
 _GROUPS: dict[type[nn.Module], str] = {
     ItemEmbedding: "item_table",
     nn.Embedding: "other_embeddings",
     EncoderBlock: "encoder",
+    HSTUBlock: "encoder",
+    nn.GRU: "encoder",
     MultiHeadAttention: "encoder",
     SwiGLU: "encoder",
     LowRank: "encoder",
+    Adapter: "encoder",
+    ProfileAttention: "encoder",
     CrossAttention: "cross_attention",
     ElementwiseGate: "gate",
     ScalarGate: "gate",
+    Discriminator: "output",
     nn.LayerNorm: "output",
     nn.Linear: "output",
 }

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from recsys.types import PAD_ID, Batch
+from recsys.types import NO_DOMAIN, PAD_ID, Batch
 
 
 class ItemEmbedding(nn.Module):
@@ -31,29 +31,37 @@ def _clear_padding(weight: Tensor) -> None:
 
 
 class HistoryEmbedding(nn.Module):
-    """Item + position (+ domain) embedding with dropout; zeros at padding."""
+    """Item (+ position) (+ domain) embedding with dropout; zeros at padding."""
 
     def __init__(
-        self, *, num_items: int, num_positions: int, num_domains: int | None, d_model: int, dropout: float
+        self, *, num_items: int, num_positions: int | None, num_domains: int | None, d_model: int, dropout: float
     ) -> None:
-        """`num_domains=None` leaves the domain embedding out."""
+        """None leaves the embedding of positions or of domains out."""
         super().__init__()
         self.items = ItemEmbedding(num_items, d_model)
-        self.positions = nn.Embedding(num_positions, d_model)
+        self.positions = None if num_positions is None else nn.Embedding(num_positions, d_model)
         self.domains = None if num_domains is None else nn.Embedding(num_domains, d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
         items: Int[Tensor, "*shape"],
-        positions: Int[Tensor, "*shape"],
+        positions: Int[Tensor, "*shape"] | None,
         domains: Int[Tensor, "*shape"],
         real: Bool[Tensor, "*shape"],
     ) -> Float[Tensor, "*shape d_model"]:
-        x = self.items(items) + self.positions(positions)
+        x = self.items(items)
+        if self.positions is not None:
+            x = x + self.positions(positions)
         if self.domains is not None:
             x = x + self.domains(domains.clamp(min=0).long())  # the clamp is for padding, whose domain is negative
         return self.dropout(x).masked_fill(~real[..., None], 0)
+
+
+def asked_vectors(questions: nn.Embedding, batch: Batch) -> Float[Tensor, "batch length d_model"]:
+    """The vector of the domain that each position asks for; zeros where nothing is asked."""
+    domains = batch.target_domains
+    return questions(domains.clamp(min=0).long()).masked_fill((domains == NO_DOMAIN)[..., None], 0)
 
 
 def event_positions(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:

@@ -54,6 +54,16 @@ class EncoderBlock(nn.Module):
             x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return x.masked_fill(~real[..., None], 0)
 
+    def shares(
+        self,
+        context: Float[Tensor, "batch length d_model"],
+        mask: Bool[Tensor, "batch length length"],
+        groups: Float[Tensor, "batch length groups"],
+    ) -> Float[Tensor, "batch length groups"]:
+        """How the block divides its attention where `context` also asks, as `MultiHeadAttention.shares` tells it."""
+        asking = self.attention_norm(context) if self.norm_first else context
+        return self.attention.shares(asking, asking, mask, groups)
+
 
 def causal_mask(keys: Bool[Tensor, "batch length"]) -> Bool[Tensor, "batch length length"]:
     """True where a position may attend to another: one of `keys`, and not a later position."""

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from recsys.loading import Config
 from recsys.models.attention import check_heads
-from recsys.models.embeddings import HistoryEmbedding, check_length, event_positions
+from recsys.models.embeddings import HistoryEmbedding, asked_vectors, check_length, event_positions
 from recsys.models.encoders import Activation, EncoderBlock, causal_mask
 from recsys.models.initialization import initialize
-from recsys.types import NO_DOMAIN, Batch, Catalog
+from recsys.types import Batch, Catalog
 
 
 class SASRecConfig(Config):
@@ -87,13 +87,8 @@ class SASRec(nn.Module):
         *body, last = self.blocks
         for block in body:
             x = block(x, x, mask, real)
-        x = last(x if self.question is None else x + self._asked(batch), x, mask, real)
+        x = last(x if self.question is None else x + asked_vectors(self.question, batch), x, mask, real)
         return self.norm(x).masked_fill(~real[..., None], 0)
 
     def item_embeddings(self) -> Float[Tensor, "items d_model"]:
         return self.embedding.items.weight
-
-    def _asked(self, batch: Batch) -> Float[Tensor, "batch length d_model"]:
-        assert self.question is not None
-        domains = batch.target_domains
-        return self.question(domains.clamp(min=0).long()).masked_fill((domains == NO_DOMAIN)[..., None], 0)

@@ -1,5 +1,6 @@
 """The one LightningModule: it composes a model, a loss, a sampler and an optimizer, and knows none of them."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from recsys.balance import Pareto
 from recsys.data.batches import TrainBatches
 from recsys.evaluation import DotScorer, EvalBatch, rank_full
 from recsys.evaluation.ranks import Seen
 from recsys.evaluation.running import RankingMetrics
+from recsys.models.embeddings import ItemEmbedding
 from recsys.optim import OptimConfig
 from recsys.results import RunError
 from recsys.types import Batch, Catalog, HasObjective, NegativeSampler, Objective, Recommender
@@ -38,8 +41,11 @@ class SequentialModule(pl.LightningModule):
         monitor: str,
         seed: int,
         config: str,
+        balance: Pareto | None = None,
     ) -> None:
-        """`config` goes into every checkpoint, to tell which experiment it belongs to."""
+        """`config` goes into every checkpoint, to tell which experiment it belongs to. `balance` weighs the loss
+        against the model's further terms; None adds them as they are.
+        """
         super().__init__()
         self.model = model
         self.loss = loss
@@ -51,6 +57,7 @@ class SequentialModule(pl.LightningModule):
         self.monitor = monitor
         self.seed = seed
         self.config = config
+        self.balance = balance
         self.generator = torch.Generator(catalog.item_domain.device)
 
     @property
@@ -79,9 +86,24 @@ class SequentialModule(pl.LightningModule):
             weight * self.loss(hidden, table, objective.batch, self.negatives) for weight, hidden in objective.answers
         ]
         loss = torch.stack([*answers, *objective.terms.values()]).sum()
-        values = {"train/loss": loss} | {f"train/{name}": term for name, term in objective.terms.items()}
+        values: dict[str, Tensor | float] = {"train/loss": loss}
+        values |= {f"train/{name}": term for name, term in objective.terms.items()}
+        if self.balance is not None:
+            loss, weights = self._balanced(torch.stack(answers).sum(), objective.terms)
+            values |= weights
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch.user))
         return loss
+
+    def _balanced(self, loss: Tensor, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """The weighted sum, and its weights for the log, where `train/loss` stays the plain sum."""
+        assert self.balance is not None
+        if not terms:
+            raise RunError("balance: this model has no term beside the loss to weigh; remove the key or set it to null")
+        tables = {id(part.weight) for part in self.model.modules() if isinstance(part, ItemEmbedding)}
+        maps = [part for part in self.model.parameters() if part.requires_grad and id(part) not in tables]
+        added = torch.stack([*terms.values()]).sum()
+        of_loss, of_terms = self.balance.weights(loss, added, maps)
+        return of_loss * loss + of_terms * added, {"train/weight_loss": of_loss, "train/weight_terms": of_terms}
 
     def _objective(self, batch: Batch) -> Objective:
         if isinstance(self.model, HasObjective):
@@ -95,10 +117,7 @@ class SequentialModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         values = self.metrics.compute()
         self.metrics.reset()
-        if self.monitor not in values:
-            raise RunError(
-                f"trainer.monitor: there is no metric {self.monitor!r}; validation gives {', '.join(sorted(values))}"
-            )
+        require_metric(self.monitor, values)
         self.log_dict({key: value.float() for key, value in values.items()})
         for scheduler in self._plateaus():
             scheduler.step(float(values[self.monitor]))
@@ -138,6 +157,12 @@ class SequentialModule(pl.LightningModule):
     def _plateaus(self) -> list[ReduceLROnPlateau]:
         configs = self.trainer.lr_scheduler_configs
         return [config.scheduler for config in configs if isinstance(config.scheduler, ReduceLROnPlateau)]
+
+
+def require_metric(monitor: str, values: Mapping[str, Tensor]) -> None:
+    """Raises RunError where validation does not give the metric that picks the checkpoint."""
+    if monitor not in values:
+        raise RunError(f"trainer.monitor: there is no metric {monitor!r}; validation gives {', '.join(sorted(values))}")
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -22,7 +22,7 @@ from torch import nn
 
 from recsys.data.batches import EvalBatches, TrainBatches
 from recsys.data.split import split_report
-from recsys.evaluation import DotScorer, EvalConfig, Evaluation, RanksInfo, evaluate, summarize
+from recsys.evaluation import DotScorer, EvalConfig, Evaluation, RanksInfo, evaluate, rank_full, summarize
 from recsys.evaluation.ranks import Split
 from recsys.evaluation.running import RankingMetrics
 from recsys.experiment import Data, Experiment, TrainerConfig, build_model, load_data
@@ -32,7 +32,7 @@ from recsys.results import RunDirectory, RunError, atomic, fingerprint, write_js
 from recsys.training.callbacks import EpochLog, EpochProgress
 from recsys.training.curve import draw_curve
 from recsys.training.environment import describe_environment
-from recsys.training.module import SequentialModule
+from recsys.training.module import SequentialModule, require_metric
 from recsys.types import NegativeSampler, Recommender, Scorer
 
 
@@ -60,18 +60,43 @@ def train(
         case "partial":
             console.print(f"{run.path} was cut off and goes on from its last checkpoint", highlight=False)
     parts = _build(experiment, data, choose_device(experiment.trainer))
+    with _at_work(run, experiment, overwrite):
+        _train(experiment, data, parts, run, console)
+    return run
+
+
+def select(experiment: Experiment, data: Data, runs_dir: Path, console: Console) -> float:
+    """Train without a look at any test target; gives the value of `trainer.monitor` at the chosen checkpoint.
+
+    The run is left unfinished: `train` takes it up behind its training. A finished or cut off run is taken as `train`
+    takes it; one that failed is refused.
+    """
+    run = RunDirectory.of(runs_dir, experiment.name, experiment.yaml(), data.fingerprint)
+    if run.state == "failed":
+        raise RunError(f"{run.path} failed earlier: {run.failure()} (see {run.failed})")
+    parts = _build(experiment, data, choose_device(experiment.trainer))
+    if run.state == "done" and not experiment.counts:
+        return float(run.read_final()["selection"]["value"])
+    with _at_work(run, experiment):
+        if experiment.counts:
+            return _validate(experiment, data, parts)
+        return float(_fit(experiment, data, parts, run, console)["value"])
+
+
+@contextlib.contextmanager
+def _at_work(run: RunDirectory, experiment: Experiment, overwrite: bool = False) -> Iterator[None]:
+    """Holds the directory of a run, with its config in it; what goes wrong leaves its traceback there."""
     with run.held():
         if overwrite:
             run.clear()
         run.failed.unlink(missing_ok=True)
         write_text(run.config, experiment.yaml())
         try:
-            _train(experiment, data, parts, run, console)
+            yield
         except Exception:
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
                 write_text(run.failed, traceback.format_exc())
             raise
-    return run
 
 
 def open_run(path: Path, data_root: Path | None) -> tuple[RunDirectory, Experiment, Data, nn.Module]:
@@ -194,6 +219,9 @@ def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory,
         f"{data.sequences.num_items:,} items, {data.sequences.num_domains} domains, on {device}",
         highlight=False,
     )
+    if data.text is not None:
+        shares = ", ".join(f"{share:.1%} of {domain}" for domain, share in data.text.titled.items())
+        console.print(f"items with a title: {shares}", highlight=False)
     if experiment.counts:
         selection = None
         _save_counts(experiment, model, run)
@@ -213,7 +241,8 @@ def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory,
         "selection": selection,
         "parameters": counts,
         "data": {"fingerprint": data.fingerprint, "domains": data.sequences.domain_names}
-        | {"split": {"name": data.split.name} | split_report(data.sequences, data.split)},
+        | {"split": {"name": data.split.name} | split_report(data.sequences, data.split)}
+        | ({} if data.text is None else {"titles": data.text.titled}),
         **report(evaluation, experiment.eval),
     }
     write_json(run.final, final)
@@ -233,6 +262,23 @@ def _save_counts(experiment: Experiment, model: nn.Module, run: RunDirectory) ->
         torch.save({"state_dict": weights, "config": fingerprint(experiment.yaml())}, path)
 
 
+def _validate(experiment: Experiment, data: Data, parts: _Parts) -> float:
+    """The value of `trainer.monitor` of a model as it is. Raises RunError where there is no such metric."""
+    metrics = _validation_metrics(experiment, data).to(parts.device)
+    scorer, catalog = make_scorer(parts.model.to(parts.device).eval(), experiment), data.catalog.to(parts.device)
+    for batch in eval_batches(experiment, data, experiment.eval, "validation", parts.device):
+        ranks, cross_entropy = rank_full(scorer, batch, catalog, experiment.eval.seen)
+        metrics.update(ranks, cross_entropy, batch.batch.target_domains[:, -1])
+    values = metrics.compute()
+    require_metric(experiment.trainer.monitor, values)
+    return float(values[experiment.trainer.monitor])
+
+
+def _validation_metrics(experiment: Experiment, data: Data) -> RankingMetrics:
+    config = experiment.eval
+    return RankingMetrics("validation", data.catalog.domain_names, config.ks, config.ties)
+
+
 def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, console: Console) -> dict[str, Any]:
     """Train to the end or to early stopping; leaves the weights of the best epoch in the model."""
     config, device = experiment.trainer, parts.device
@@ -243,7 +289,7 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
         loss=parts.loss,
         negatives=parts.negatives,
         optim=experiment.optim,
-        metrics=RankingMetrics("validation", catalog.domain_names, experiment.eval.ks, experiment.eval.ties),
+        metrics=_validation_metrics(experiment, data),
         catalog=catalog,
         seen=experiment.eval.seen,
         monitor=config.monitor,

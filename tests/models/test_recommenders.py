@@ -7,11 +7,24 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recsys.models import ABXIConfig, CrossDomainConfig, SASRecConfig
+from recsys.models import (
+    ABXIConfig,
+    AutoCDSRConfig,
+    AutoCDSRPlusConfig,
+    BERT4RecConfig,
+    C2DSRConfig,
+    CDSRNPConfig,
+    CrossDomainConfig,
+    GRU4RecConfig,
+    HSTUConfig,
+    LLM4CDSRConfig,
+    SASRecConfig,
+)
 from recsys.models.attention import CrossConfig
-from recsys.types import NO_DOMAIN, PAD_ID
+from recsys.types import NO_DOMAIN, PAD_ID, TrainingEvents
 
 SIZE = {"d_model": 8, "d_ff": 12, "num_layers": 2, "num_heads": 2, "dropout": 0.3}
+BLOCKS = {"d_model": 8, "num_layers": 2, "num_heads": 2, "dropout": 0.3}
 MAX_LEN = 12
 
 
@@ -32,11 +45,38 @@ def abxi(**cross):
     )
 
 
+def c2dsr(**cross):
+    return C2DSRConfig(**SIZE, graph_layers=2, cross=CrossConfig(**cross) if cross else None)
+
+
+def llm4cdsr(**cross):
+    return LLM4CDSRConfig(**SIZE, d_text=10, cross=CrossConfig(**cross) if cross else None)
+
+
+def cdsrnp(**cross):
+    return CDSRNPConfig(**SIZE, num_support=4, cross=CrossConfig(**cross) if cross else None)
+
+
+def autocdsr(**cross):
+    return AutoCDSRConfig(**SIZE, cross=CrossConfig(**cross) if cross else None)
+
+
+def autocdsr_plus(**cross):
+    return AutoCDSRPlusConfig(**SIZE, num_bottlenecks=2, cross=CrossConfig(**cross) if cross else None)
+
+
 CONFIGS = {
     "sasrec": SASRecConfig(**SIZE),
     "sasrec post-norm, one layer": SASRecConfig(**SIZE | {"num_layers": 1}, norm_first=False, activation="relu"),
     "sasrec without domains": SASRecConfig(**SIZE, domain_embedding=False),
     "sasrec with target query": SASRecConfig(**SIZE, target_query="domain"),
+    "bert4rec": BERT4RecConfig(**SIZE),
+    "bert4rec with target query": BERT4RecConfig(**SIZE, target_query="domain"),
+    "gru4rec": GRU4RecConfig(d_model=8, num_layers=2),
+    "gru4rec with target query": GRU4RecConfig(d_model=8, target_query="domain", domain_embedding=False),
+    "hstu": HSTUConfig(**BLOCKS),
+    "hstu with target query": HSTUConfig(**BLOCKS, target_query="domain"),
+    "hstu without gate": HSTUConfig(**BLOCKS, gate=False, domain_embedding=False),
     "null": host(),
     "null post-norm": CrossDomainConfig(**SIZE, norm_first=False),
     "early": host(placement="early", num_units=1),
@@ -46,6 +86,21 @@ CONFIGS = {
     "abxi": abxi(),
     "abxi early": abxi(placement="early", num_units=2),
     "abxi stack": abxi(placement="stack", gate="tanh"),
+    "llm4cdsr": llm4cdsr(),
+    "llm4cdsr early": llm4cdsr(placement="early", num_units=2),
+    "llm4cdsr stack": llm4cdsr(placement="stack", num_units=2, gate="tanh"),
+    "c2dsr": c2dsr(),
+    "c2dsr early": c2dsr(placement="early", num_units=2),
+    "c2dsr stack": c2dsr(placement="stack", gate="tanh"),
+    "cdsrnp": cdsrnp(),
+    "cdsrnp early": cdsrnp(placement="early", num_units=2),
+    "cdsrnp stack": cdsrnp(placement="stack", gate="tanh"),
+    "autocdsr": autocdsr(),
+    "autocdsr early": autocdsr(placement="early", num_units=2),
+    "autocdsr stack x 2": autocdsr(placement="stack", num_units=2, gate="scalar"),
+    "autocdsr+": autocdsr_plus(),
+    "autocdsr+ early": autocdsr_plus(placement="early"),
+    "autocdsr+ stack": autocdsr_plus(placement="stack", gate="tanh"),
 }
 NEURAL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -58,9 +113,24 @@ HISTORIES = [
 ASKED = [[1, 1, 2, 0, 1, 2], [1, 1], [0, 2, 1, 0]]
 
 
+# Training events for models that read them: none of the users above is in two domains, as a support user would be.
+TRAINING = TrainingEvents(
+    items=torch.tensor([18, 24, 25, 26, 28, 30, 20, 21, 22, 19, 33, 32, 35, 24]),
+    times=torch.arange(14),
+    offsets=torch.tensor([0, 2, 2, 2, 6, 9, 14]),
+    text=torch.randn(61, 10, generator=torch.Generator().manual_seed(0)),
+)
+
+
 @pytest.fixture
 def model_of(make_catalog, stir):
-    return lambda config, num_domains=3: stir(config.build(make_catalog(num_domains), MAX_LEN))
+    def make(config, num_domains=3):
+        model = stir(config.build(make_catalog(num_domains), MAX_LEN))
+        if isinstance(config, CDSRNPConfig | LLM4CDSRConfig):
+            model.fit(TRAINING)
+        return model
+
+    return make
 
 
 def two_domains(histories, asked):
@@ -74,7 +144,7 @@ def visible(config, history, t, s, domain):
     """May the state at t that asks for `domain` know the event at s?"""
     if s > t:
         return False
-    if isinstance(config, SASRecConfig | ABXIConfig):
+    if not isinstance(config, CrossDomainConfig):
         return True
     if history[s][1] == domain:
         return True
@@ -88,8 +158,8 @@ def test_a_state_depends_on_exactly_what_it_may_know(config, num_domains, make_b
     model = model_of(config, num_domains)
     histories, asked = (HISTORIES, ASKED) if num_domains == 3 else two_domains(HISTORIES, ASKED)
     batch = make_batch(histories, asked, pad=1)
+    table = model.text.requires_grad_() if isinstance(config, LLM4CDSRConfig) else model.embedding.items.weight
     hidden = model(batch)
-    table = model.item_embeddings()
     length = hidden.shape[1]
     for row, history in enumerate(histories):
         for t in range(len(history)):
@@ -195,6 +265,9 @@ def test_the_generator_decides_the_start(config, make_catalog):
 
     first, again, other = start(1), start(1), start(2)
     assert all(torch.equal(first[name], again[name]) for name in first)
+    if isinstance(config, LLM4CDSRConfig):  # has no table of its own
+        assert not torch.equal(first["adapter.first.weight"], other["adapter.first.weight"])
+        return
     assert not torch.equal(first["embedding.items.weight"], other["embedding.items.weight"])
     assert (first["embedding.items.weight"][PAD_ID] == 0).all()
 

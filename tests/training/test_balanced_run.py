@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
+from recsys.balance import Pareto
 from recsys.experiment import Experiment, load_data
 from recsys.loading import parse_config
 from recsys.results import RunDirectory, RunError
@@ -71,6 +72,19 @@ def test_the_term_is_smaller_than_without(tmp_path: Path) -> None:
     assert "train/weight_loss" not in plain.read_log()[-1]
     ends = [run.read_log()[-1]["train/cross_attention"] for run in (plain, balanced)]
     assert ends[1] < ends[0]
+
+
+def test_item_tables_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[torch.Size]] = []
+
+    def weights(_: Pareto, loss: torch.Tensor, terms: torch.Tensor, parameters: Any) -> tuple[float, float]:
+        asked.append({parameter.shape for parameter in parameters})
+        return 1.0, 1.0
+
+    monkeypatch.setattr(Pareto, "weights", weights)
+    run_it(tmp_path, model={"name": "c2dsr", **SIZE}, trainer=TINY["trainer"] | {"epochs": 1})
+    assert torch.Size([161, 8]) not in asked[0]
+    assert {torch.Size([8, 8]), torch.Size([15, 8]), torch.Size([8])} <= asked[0]
 
 
 def test_a_model_without_terms_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int16, Int64
 
-from recsys.data.raw import RawEvents, Source, bad_rows, check_times, read_text
+from recsys.data.raw import RawEvents, Source, bad_rows, check_times, read_text, read_titles
 from recsys.data.schema import DataError, bad_lines
 from recsys.loading import Config
 
@@ -79,7 +79,7 @@ class AbxiFormat(Config):
             items=raw_items,
             files=(path.name,),
             differences=self._differences(item_ids, item_domain, domains),
-            titles=_read_titles(paths[self.titles]) if self.titles and self.titles in paths else {},
+            titles=read_titles(paths[self.titles]) if self.titles and self.titles in paths else {},
         )
 
     def _items(
@@ -244,18 +244,3 @@ def _item_numbers(
         )
     pairs = np.array(list(entries.values()), dtype=np.int64)
     return pairs[:, 0], pairs[:, 1].astype(np.int16)
-
-
-def _read_titles(path: Path) -> dict[str, str]:
-    header, *rows = read_text(path).replace("\r\n", "\n").split("\n")
-    columns = header.split("\t")
-    for needed in ("asin", "title"):
-        if needed not in columns:
-            raise DataError(f"{path}: there is no column {needed!r}; the columns are: {', '.join(columns)}")
-    asin, title = columns.index("asin"), columns.index("title")
-    cells = [row.split("\t") for row in rows if row]
-    short = [at for at, row in enumerate(cells) if len(row) != len(columns)]
-    if short:
-        problems = [f"line {at + 2}: {len(cells[at])} fields, not {len(columns)}" for at in short]
-        raise bad_lines(str(path), problems, len(short), "The file is damaged; get it again, or leave it out.")
-    return {row[asin]: row[title] for row in cells}
