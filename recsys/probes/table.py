@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pyarrow as pa
 from torch import Tensor
@@ -65,7 +65,7 @@ def make_table(
     known = {} if initial is None else {tuple(row[key] for key in _KEY): row["value"] for row in initial.to_pylist()}
     mark = {"label": label, "step": step, "epoch": epoch}
     return pa.Table.from_pylist(
-        [mark | asdict(row) | {"null_init": known.get(tuple(getattr(row, key) for key in _KEY))} for row in rows],
+        [mark | vars(row) | {"null_init": known.get(tuple(getattr(row, key) for key in _KEY))} for row in rows],
         schema=PROBES_SCHEMA,
     )
 

@@ -131,14 +131,16 @@ class UnitProbe:
     def update(self, seen: UnitRecord, fresh: Bool[Tensor, " rows"], generator: torch.Generator) -> None:
         """Add a pass; rows that are not `fresh` are left out. Raises NonFiniteStates."""
         wanted = (seen.real if self.config.queries == "all" else seen.asked) & fresh[:, None]
-        user = seen.user[:, None].expand_as(wanted)[wanted]
-        self._silence.to(user.device).update(seen.silent[wanted], fold_of(user, self.config.folds))
-        self._asking.add(user)
+        length = _reach(wanted)
+        seen, wanted = seen.last(length, seen.mask.shape[2]), wanted[:, -length:]
         heard = seen.tokens & wanted
+        user = seen.user[:, None].expand_as(wanted)[wanted]
+        _move(self._silence, user.device)
+        self._silence.update(~heard[wanted], fold_of(user, self.config.folds))
+        self._asking.add(user)
         if not heard.any():
             return
-        length, events = _reach(heard), _reach((seen.mask & heard[..., None]).any(1))
-        seen, heard = seen.last(length, events), heard[:, -length:]
+        seen = seen.last(length, _reach((seen.mask & heard[..., None]).any(1)))
         tokens = self._tokens(seen, heard, generator)
         if not torch.cat([tokens.query, tokens.output, tokens.update]).isfinite().all():
             raise NonFiniteStates(
@@ -233,7 +235,7 @@ class _Measures:
 
     def update(self, tokens: _Tokens) -> None:
         for metric in self._metrics:
-            metric.to(tokens.user.device)
+            _move(metric, tokens.user.device)
         fold = fold_of(tokens.user, self.unit.config.folds)
         self.users.add(tokens.user)
         self.stream.update(tokens.query, tokens.parts, fold)
@@ -357,8 +359,13 @@ class _Measures:
             yield replace(common, site="gate", measure=name, **_interval(estimate))
 
 
+def _move(metric: Metric, device: torch.device) -> None:
+    if metric.device != device:
+        metric.to(device)
+
+
 def _reach(used: Bool[Tensor, "rows places"]) -> int:
-    """Columns from the first that is used to the end."""
+    """Columns from the first that is used to the end; all of them where none is."""
     return used.shape[1] - int(used.any(0).int().argmax())
 
 

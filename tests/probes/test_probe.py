@@ -77,6 +77,8 @@ def test_values_are_those_of_a_plain_loop(run, make_model, make_batch):
     ratio = one(table, "alignment_ratio", query="stream")
     assert ratio.value == pytest.approx(row.value / row.null_shuffled)
     assert ratio.null_shuffled == 1
+    assert ratio.null_isotropic == pytest.approx(1 / 8 / row.null_shuffled)
+    assert ratio.null_covariance == pytest.approx(row.null_covariance / row.null_shuffled)
     histogram = table[(table.measure == "cos_histogram") & (table.unit == "early.0.0") & (table["query"] == "stream")]
     histogram = histogram[(histogram["head"] == "all") & (histogram.site == "output")]
     expected = torch.histc(cos, 10, -1, 1) / len(cos)
@@ -220,9 +222,9 @@ def test_the_control_reads_the_context_with_another_users_query(run, make_model,
     with torch.no_grad():
         for unit in model.early[0]:
             unit.attention.heads.query.weight.normal_(0, 4, generator=torch.Generator().manual_seed(0))
-    assert (
-        one(run(model, batches), "novelty", unit="early.0.1").null_shuffled < 0.9
-    )  # now what is read depends on who asks
+    seeing = one(run(model, batches), "novelty", unit="early.0.1")
+    assert seeing.null_shuffled < 0.9  # now what is read depends on who asks
+    assert abs(seeing.value - seeing.null_shuffled) > 0.01  # and it is others who ask
 
 
 @pytest.mark.parametrize("heads", [1, 8])
