@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -275,24 +275,20 @@ def compare(
 ) -> None:
     """Paired tests of runs on the same test targets.
 
-    Runs of one name that differ only in their seed are one arm. Refuses runs whose split, users, targets or
+    Runs whose configs differ only in the seed are one arm. Refuses runs whose split, users, targets or
     candidates differ.
     """
     with clear_errors():
-        import pyarrow.parquet as pq
-
         from recsys.evaluation import compare as compare_arms
         from recsys.experiment import Experiment
         from recsys.loading import load_yaml
         from recsys.report.tables import comparison_frame
-        from recsys.results import RunError, find_runs
+        from recsys.results import RunError, arms_of, find_runs
 
-        arms: dict[str, list[Any]] = {}
         found = find_runs(runs)
-        for run in found:
-            arms.setdefault(run.read_final()["name"], []).append(pq.read_table(run.ranks))
+        arms = {label: [run.read_ranks() for run in members] for label, members in arms_of(found).items()}
         if len(arms) < 2:
-            raise RunError("a comparison needs runs of at least two names; runs of one name are seeds of one arm")
+            raise RunError("a comparison needs at least two arms; runs that differ only in their seed are one arm")
         config = load_yaml(found[0].config, Experiment).eval
         try:
             comparisons = compare_arms(arms, config, metric or ["ndcg@10", "hr@10"], domain)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import nn
@@ -11,9 +12,10 @@ from torch import nn
 from recsys.balance import ParetoConfig
 from recsys.data.batches import make_catalog, training_events
 from recsys.data.policies import PrepareOptions, unknown_domain
-from recsys.data.prepare import load_items, load_prepared, locate_prepared
+from recsys.data.prepare import NamedItem, load_items, load_prepared, locate_prepared
+from recsys.data.schema import DataError
 from recsys.data.sequences import Sequences
-from recsys.data.split import LeaveOneOut, Split, SplitConfig, make_split
+from recsys.data.split import TEST, VALID, LeaveOneOut, Split, SplitConfig, make_split
 from recsys.data.synthetic import SyntheticConfig
 from recsys.data.text import ItemText, TextConfig, encode_items, item_titles
 from recsys.evaluation import EvalConfig
@@ -40,8 +42,7 @@ class DatasetSource(Config):
         """The prepared dataset, prepared first if only its raw files are there."""
         return load_prepared(self.dataset, data_root, self.options)[0]
 
-    def items(self, data_root: Path | None) -> dict[str, tuple[int, str | None]]:
-        """Raw id -> item id and title."""
+    def items(self, data_root: Path | None) -> tuple[NamedItem, ...]:
         return load_items(self.dataset, data_root, self.options)
 
     def directory(self, data_root: Path | None) -> Path:
@@ -176,16 +177,29 @@ def load_data(config: DataConfig, data_root: Path | None) -> Data:
     if config.domain is not None and config.domain not in sequences.domain_names:
         raise unknown_domain(config.domain, sequences.domain_names)
     split = make_split(sequences, config.split)
+    _require_targets(sequences, split, config.domain)
     catalog = make_catalog(sequences, split)
     text = None
     if config.text is not None:
-        named, directory = {}, None
+        named: tuple[NamedItem, ...] = ()
+        directory = None
         if isinstance(config.source, DatasetSource):
             named, directory = config.source.items(data_root), config.source.directory(data_root)
         titles = item_titles(named, catalog.num_items, config.text.titles)
         events = training_events(sequences, split, config.domain)
         text = encode_items(config.text, titles, catalog, events, directory)
     return Data(sequences, split, catalog, text)
+
+
+def _require_targets(sequences: Sequences, split: Split, domain: str | None) -> None:
+    """Raises DataError where training would end with nothing to choose a checkpoint by, or to report."""
+    role = split.role
+    if domain is not None:
+        role = role[np.asarray(sequences.domains == sequences.domain_names.index(domain))]
+    for stage, wanted in (("validation", VALID), ("test", TEST)):
+        if not (role == wanted).any():
+            where = "" if domain is None else f" in {domain}"
+            raise DataError(f"the split {split.name} has no {stage} target{where}; choose another split or more data")
 
 
 def build_model(experiment: Experiment, data: Data) -> nn.Module:

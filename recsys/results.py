@@ -5,15 +5,20 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-COLUMNS = ["run", "name", "seed", "parameters", "seconds", "commit", "key", "value", "low", "high", "n"]
+from recsys.loading import ConfigError, parse_yaml
+
+COLUMNS = ["run", "arm", "name", "seed", "parameters", "seconds", "commit", "key", "value", "low", "high", "n"]
 """Of the table of many runs."""
 
 State = Literal["new", "partial", "done", "failed"]
@@ -150,15 +155,42 @@ class RunDirectory:
         lines = self.failed.read_text().strip().splitlines()
         return lines[-1] if lines else "no reason was recorded"
 
+    def arm(self) -> str:
+        """A hash of what the run shares with its other seeds: the config but for the seed, and the data."""
+        config = self._read(self.config, lambda text: parse_yaml(text, str(self.config)))
+        config.pop("seed", None)
+        data = self.read_final().get("data", {}).get("fingerprint", "")
+        return fingerprint(json.dumps(config, sort_keys=True, default=str), data)
+
     def read_final(self) -> dict[str, Any]:
-        """The numbers of a finished run. Raises RunError where it is not finished."""
+        """The numbers of a finished run. Raises RunError where it is not finished, or damaged."""
         if self.state != "done":
             raise RunError(f"{self.path} is not finished (it is {self.state}); train it to its end first")
-        return json.loads(self.final.read_text())
+        return self._read(self.final, json.loads)
 
     def read_environment(self) -> dict[str, Any]:
-        """Commit, command, versions, hardware and times of a finished run."""
-        return json.loads(self.environment.read_text())
+        """Commit, command, versions, hardware and times of a finished run. Raises RunError where it is damaged."""
+        return self._read(self.environment, json.loads)
+
+    def read_ranks(self) -> pa.Table:
+        """A row per test target. Raises RunError where the file is damaged."""
+        try:
+            return pq.read_table(self.ranks)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise self._damaged(self.ranks, error) from None
+
+    def _read(self, path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+        try:
+            values = parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, ConfigError) as error:
+            raise self._damaged(path, error) from None
+        if not isinstance(values, dict):
+            raise self._damaged(path, "it holds no mapping")
+        return values
+
+    @staticmethod
+    def _damaged(path: Path, reason: object) -> RunError:
+        return RunError(f"{path} cannot be read ({reason}); make the run again with `recsys train … --overwrite`")
 
     def read_log(self) -> list[dict[str, Any]]:
         """One record per epoch; a line cut short by a crash is left out."""
@@ -183,17 +215,36 @@ def find_runs(paths: Iterable[Path]) -> list[RunDirectory]:
     return found
 
 
+def arms_of(runs: Iterable[RunDirectory]) -> dict[str, list[RunDirectory]]:
+    """The runs of each arm by its label: runs on the same data whose configs differ in nothing but the seed.
+
+    The label is the experiment's name, followed by a hash where one name stands for several arms. Raises RunError
+    where an arm has a seed twice.
+    """
+    arms: dict[tuple[str, str], list[RunDirectory]] = {}
+    for run in runs:
+        arms.setdefault((run.read_final()["name"], run.arm()), []).append(run)
+    names = Counter(name for name, _ in arms)
+    for (name, _), members in arms.items():
+        seeds = Counter(run.read_final()["seed"] for run in members)
+        seed, times = seeds.most_common(1)[0]
+        if times > 1:
+            raise RunError(f"{name} with seed {seed} is given {times} times; give each run once")
+    return {name if names[name] == 1 else f"{name} ({arm[:6]})": members for (name, arm), members in arms.items()}
+
+
 def load(runs: Iterable[RunDirectory]) -> pd.DataFrame:
-    """One row per finished run and metric: run, name, seed, parameters, seconds, commit, key, value, low, high, n.
+    """One row per finished run and metric, with the columns `COLUMNS`; `arm` is the label of `arms_of`.
 
     Runs that are not finished have no row: a failure is never a number.
     """
+    finished = [run for run in runs if run.state == "done"]
+    labels = {run.path: label for label, members in arms_of(finished).items() for run in members}
     rows: list[dict[str, Any]] = []
-    for run in runs:
-        if run.state != "done":
-            continue
+    for run in finished:
         final = run.read_final()
-        about: dict[str, Any] = {"run": run.path.name, "name": final["name"], "seed": final["seed"]}
+        about: dict[str, Any] = {"run": run.path.name, "arm": labels[run.path], "name": final["name"]}
+        about["seed"] = final["seed"]
         environment = run.read_environment()
         about["parameters"] = final["parameters"]["total"]
         about |= {"seconds": environment["seconds"], "commit": environment["commit"]}

@@ -149,7 +149,7 @@ def test_compare_pairs_the_arms_and_pools_their_seeds(workplace: Path) -> None:
     assert "domain_1" not in alone
     assert "domain_3" in refused(command("compare", *both, "-d", "domain_3"))
     assert "there is no metric 'ndgc@10'" in refused(command("compare", *both, "-m", "ndgc@10"))
-    assert "at least two names" in refused(command("compare", *runs(workplace, "tiny")))
+    assert "at least two arms" in refused(command("compare", *runs(workplace, "tiny")))
 
 
 def test_compare_refuses_other_targets(workplace: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [
         f"{user},{domain}-{(step + user) % 7},{domain},{1_400_000_000 + 86_400 * step}"
         for user in range(12)
-        for step, domain in enumerate(["books", "films"] * 3)
+        for step, domain in enumerate((["books", "films"] if user % 2 else ["films", "books"]) * 3)
     ]
     (root / "here" / "events.csv").write_text("\n".join(["who,what,where,when", *lines, ""]))
     return root
@@ -225,6 +225,38 @@ def test_recommend_for_a_history_of_nobody(shop: Path) -> None:
     assert "films-" not in shown
     assert "did you mean books-1?" in refused(asked("bookz-1", "books"))
     assert "did you mean 'films'?" in refused(asked("books-1", "film"))
+    assert "books-5" not in asked("books:books-1,films:films-2,books:books-5", "books").output
+
+    alone = ("train", "-c", shop / "shop.yaml", *place, "--set")
+    films = command(*alone, "data.domain=films")
+    assert films.exit_code == 0, films.output
+    run = next(path for path in (shop / "runs").iterdir() if path != run)
+    assert "films-2" in asked("films-1", "films").output
+    assert "knows nothing of books" in refused(asked("films-1", "books"))
+    assert "knows nothing of books-2" in refused(asked("films-1,books-2", "films"))
+
+
+def test_an_id_of_two_domains_must_say_which(tmp_path: Path) -> None:
+    events = [f"{u},{i},{d},{10**9 + 9 * u + i}" for u in range(12) for i in range(4) for d in ("books", "films")]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "events.csv").write_text("\n".join(["who,what,where,when", *events]) + "\n")
+    (tmp_path / "cards").mkdir()
+    card = CARD.replace("name: shop", "name: both") + "prepare: {items_in_two_domains: split}\n"
+    (tmp_path / "cards" / "both.yaml").write_text(card)
+    command("data", "prepare", "both", "--raw", tmp_path / "raw", "--data-root", tmp_path)
+    values = TINY | {"data": {"source": {"name": "dataset", "dataset": "both"}}, "name": "both"}
+    (tmp_path / "both.yaml").write_text(dump_yaml(parse_config(values, Experiment, "test")))
+    trained = command("train", "-c", tmp_path / "both.yaml", "--runs-dir", tmp_path / "runs", "--data-root", tmp_path)
+    assert trained.exit_code == 0, trained.output
+    [run] = (tmp_path / "runs").iterdir()
+    nobody = command("train", "-c", tmp_path / "both.yaml", "--data-root", tmp_path, "-s", "data.domain=books")
+    assert "has no test target in books" in refused(nobody)
+
+    def asked(history: str) -> Result:
+        return command("recommend", run, "--history", history, "-d", "films", "-k", 4, "--data-root", tmp_path)
+
+    assert "write books:1 or films:1" in refused(asked("1"))
+    assert asked("films:1,books:2").exit_code == 0
 
 
 def test_help_answers_at_once() -> None:

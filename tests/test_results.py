@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from recsys.results import RunDirectory, RunError, atomic, find_runs, fingerprint, load, write_json, write_text
+from recsys.results import RunDirectory, RunError, arms_of, atomic, find_runs, fingerprint, load, write_json, write_text
 
 
 def finished(path: Path, name: str, value: float) -> RunDirectory:
@@ -67,6 +67,7 @@ def test_finding_and_loading(tmp_path: Path) -> None:
     assert [run.path.name for run in runs] == ["a-1", "b-1", "c-1"]
     table = load(runs)
     assert table[["run", "seed", "value", "n"]].to_numpy().tolist() == [["a-1", 3, 0.5, 7], ["b-1", 3, 0.25, 7]]
+    assert table["arm"].tolist() == ["a", "b"]
     with pytest.raises(RunError, match="not finished"):
         RunDirectory(partial).read_final()
     with pytest.raises(RunError, match="no run directory"):
@@ -80,3 +81,33 @@ def test_a_line_cut_short_is_left_out_of_the_log(tmp_path: Path) -> None:
     assert run.read_log() == []
     run.log.write_text(json.dumps({"epoch": 1}) + "\n" + '{"epoch": 2, "lo')
     assert run.read_log() == [{"epoch": 1}]
+
+
+def test_an_arm_is_one_config_with_several_seeds(tmp_path: Path) -> None:
+    def run(folder: str, seed: int, epochs: int) -> RunDirectory:
+        made = finished(tmp_path / folder, "a", 0.5)
+        write_text(made.config, f"name: a\nseed: {seed}\ntrainer: {{epochs: {epochs}}}\n")
+        write_json(made.final, json.loads(made.final.read_text()) | {"seed": seed})
+        return made
+
+    one, two, longer = run("1", 0, 3), run("2", 1, 3), run("3", 0, 9)
+    assert arms_of([one, two]) == {"a": [one, two]}
+    labels = arms_of([one, two, longer])
+    assert list(labels.values()) == [[one, two], [longer]]
+    assert all(label.startswith("a (") for label in labels)
+    assert load([one, two, longer])["arm"].nunique() == 2
+    with pytest.raises(RunError, match="a with seed 0 is given 2 times"):
+        arms_of([one, run("4", 0, 3)])
+
+
+@pytest.mark.parametrize("name", ["config", "final", "environment", "ranks"])
+def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", "a", 0.5)
+    path = getattr(run, name)
+    path.write_text("{")
+    readers = {"config": run.arm, "final": run.read_final, "environment": run.read_environment, "ranks": run.read_ranks}
+    with pytest.raises(RunError, match=rf"{path.name} cannot be read .* --overwrite"):
+        readers[name]()
+    path.unlink()
+    with pytest.raises(RunError, match=rf"{path.name} cannot be read"):
+        readers[name]()

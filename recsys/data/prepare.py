@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -165,12 +165,22 @@ def load_prepared(
     return Sequences.load(path), read_meta(path)
 
 
+class NamedItem(NamedTuple):
+    """An item as its source knows it. A raw id may name several items, one in each of several domains."""
+
+    item: int
+    domain: int
+    raw: str
+    title: str | None
+
+
 def load_items(
     dataset: str, data_root: Path | str | None = None, options: PrepareOptions | None = None
-) -> dict[str, tuple[int, str | None]]:
-    """Raw id -> item id and title of a prepared dataset."""
+) -> tuple[NamedItem, ...]:
+    """The items of a prepared dataset."""
     table = pa.parquet.read_table(locate_prepared(dataset, data_root, options) / "items.parquet").to_pydict()
-    return dict(zip(table["raw_item"], zip(table["item"], table["title"], strict=True), strict=True))
+    columns = (table[name] for name in ("item", "domain", "raw_item", "title"))
+    return tuple(NamedItem(*row) for row in zip(*columns, strict=True))
 
 
 def locate_prepared(dataset: str, data_root: Path | str | None = None, options: PrepareOptions | None = None) -> Path:

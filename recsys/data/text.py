@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from pydantic import Field
 from scipy.sparse import coo_array, csr_array, hstack
 from torch import Tensor
 
+from recsys.data.prepare import NamedItem
 from recsys.data.raw import read_titles
 from recsys.data.schema import DataError
 from recsys.loading import Config
@@ -125,23 +126,22 @@ class ItemText:
     """Changes with any title, with the encoder, and, where a title is missing, with the training events."""
 
 
-def item_titles(
-    items: Mapping[str, tuple[int, str | None]], num_items: int, path: Path | None
-) -> tuple[str | None, ...]:
+def item_titles(items: Sequence[NamedItem], num_items: int, path: Path | None) -> tuple[str | None, ...]:
     """The title of every item id (None at padding and where there is none).
 
-    `items`: raw id -> item id and title, as `load_items` gives them; `path`: a file of more titles, which win.
+    `path`: a file of more titles by raw id, which win.
     Raises DataError if none of its ids is an item.
     """
     more = {} if path is None else read_titles(path)
-    if more and not items.keys() & more.keys():
+    names = [item.raw for item in items]
+    if more and more.keys().isdisjoint(names):
         raise DataError(
             f"data.text.titles: none of the {len(more):,} ids in {path} is an item of this dataset "
-            f"(ids there: {', '.join(list(more)[:3])}; here: {', '.join(list(items)[:3]) or 'items have no names'})"
+            f"(ids there: {', '.join(list(more)[:3])}; here: {', '.join(names[:3]) or 'items have no names'})"
         )
     titles: list[str | None] = [None] * (1 + num_items)
-    for raw, (item, title) in items.items():
-        titles[item] = more.get(raw, title) or None
+    for item in items:
+        titles[item.item] = more.get(item.raw, item.title) or None
     return tuple(titles)
 
 

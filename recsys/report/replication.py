@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat
 from recsys.evaluation.metrics import metric_key
 from recsys.loading import Config
 from recsys.report.tables import duration_text
-from recsys.results import RunDirectory, RunError
+from recsys.results import RunDirectory, RunError, arms_of
 
 
 class PublishedExperiment(Config):
@@ -39,12 +39,15 @@ def replicate(runs: Iterable[RunDirectory], published: Published) -> list[dict[s
 
     `value` is the mean over the runs of that name, `spread` its standard deviation between seeds (null for one),
     `full` the same metric under full ranking, where the runs have it; `runs` says where each number comes from.
-    Raises RunError where no finished run carries a published name, or one lacks the published protocol.
+    Raises RunError where no finished run carries a published name, where runs of one name differ in more than the
+    seed, and where one lacks the published protocol.
     """
     by_name: dict[str, list[RunDirectory]] = {}
-    for run in runs:
-        if run.state == "done":
-            by_name.setdefault(run.read_final()["name"], []).append(run)
+    for members in arms_of(run for run in runs if run.state == "done").values():
+        name = members[0].read_final()["name"]
+        if name in by_name:
+            raise RunError(f"runs of {name} differ in more than their seed; give only those of one config")
+        by_name[name] = members
     records = [
         _record(experiment, domain, metric, by_name[experiment.name])
         for experiment in published.experiments

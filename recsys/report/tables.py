@@ -69,8 +69,8 @@ def caveats(final: dict[str, Any]) -> Iterator[str]:
 def comparison_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
     """One row per treatment and metric: the difference to the baseline with its interval, effect size and p-values.
 
-    `d_z` is the mean over the standard deviation of the users' differences; p-values carry Holm's correction over
-    all rows.
+    `d_z` is the mean over the standard deviation of the users' differences; beside each p-value, in brackets, what
+    Holm's correction over all rows makes of it.
     """
     return pd.DataFrame(
         {
@@ -82,8 +82,8 @@ def comparison_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
             "difference [95 %]": f"{c.difference.value:+.4f} [{c.difference.low:+.4f}, {c.difference.high:+.4f}]",
             "relative": "–" if c.relative is None else f"{100 * c.relative:+.1f} %",
             "d_z": "–" if c.effect_size is None else f"{c.effect_size:+.3f}",
-            "p (permutation)": f"{c.p_permutation_holm:.4f}",
-            "p (Wilcoxon)": f"{c.p_wilcoxon_holm:.4f}",
+            "p permutation (Holm)": f"{c.p_permutation:.4f} ({c.p_permutation_holm:.4f})",
+            "p Wilcoxon (Holm)": f"{c.p_wilcoxon:.4f} ({c.p_wilcoxon_holm:.4f})",
         }
         for c in comparisons
     )
@@ -110,7 +110,7 @@ def results_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, s
 def seeds_frame(values: pd.DataFrame, metrics: Sequence[str], protocol: str, stage: str = "test") -> pd.DataFrame:
     """One row per experiment: means over its seeds, with the standard deviation between them if there are several."""
     rows = []
-    for name, group in values.groupby("name", sort=False):
+    for name, group in values.groupby("arm", sort=False):
         found: dict[str, list[float]] = {}
         for _, run in group.groupby("run", sort=False):
             for domain, metric, record in _chosen(run, metrics, protocol, stage):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from recsys.data.policies import unknown_domain
+from recsys.data.prepare import NamedItem
 from recsys.data.schema import DataError
 from recsys.evaluation import recommend
 from recsys.experiment import DatasetSource
@@ -20,23 +21,29 @@ def recommend_items(
 ) -> list[tuple[str, str | None, float]]:
     """Raw id, title and score of the k best items of a domain, best first; those of the history are left out.
 
-    Raises DataError for an item or a domain that the run does not know, RunError for a run without raw ids.
+    A raw id that several domains have is written `domain:id`. Raises DataError for an item or a domain that the data
+    do not know, RunError for a run without raw ids, or one trained on another domain alone.
     """
     _, experiment, data, model = open_run(path, data_root)
     source = experiment.data.source
     if not isinstance(source, DatasetSource):
         raise RunError(f"{path} was trained on {source.name} data, whose items have no names to recommend by")
-    items = source.items(data_root)
     names = data.sequences.domain_names
     if domain not in names:
         raise unknown_domain(domain, names)
-    for name in history:
-        if name not in items:
-            near = difflib.get_close_matches(name, items, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise DataError(f"there is no item {name!r} in {source.dataset}{hint}")
+    only = experiment.data.domain
+    if only not in (None, domain):
+        raise RunError(f"{path} was trained on {only} alone and knows nothing of {domain}; ask for --domain {only}")
+    items = source.items(data_root)
+    events = [_named(name, items, names, source.dataset) for name in history]
+    for event in events:
+        if only not in (None, names[event.domain]):
+            raise RunError(
+                f"{path} was trained on {only} alone and knows nothing of {event.raw}, an item of "
+                f"{names[event.domain]}; leave it out of the history"
+            )
 
-    seen = torch.tensor([[items[name][0] for name in history]])
+    seen = torch.tensor([[event.item for event in events]])
     recent = seen[:, -experiment.data.max_len :]
     length = recent.shape[1]
     batch = Batch(
@@ -50,6 +57,19 @@ def recommend_items(
     index = names.index(domain)
     k = min(k, len(data.catalog.items_of(index)))
     best, scores = recommend(make_scorer(model.eval(), experiment), batch, data.catalog, index, k, seen)
-    raw = {item: (name, title) for name, (item, title) in items.items()}
+    raw = {item.item: (item.raw, item.title) for item in items}
     pairs = zip(best[0].tolist(), scores[0].tolist(), strict=True)
     return [(*raw[item], score) for item, score in pairs if item != PAD_ID]
+
+
+def _named(name: str, items: Sequence[NamedItem], domains: Sequence[str], dataset: str) -> NamedItem:
+    """The one item of a raw id, or of `domain:id`."""
+    found = [item for item in items if name in (item.raw, f"{domains[item.domain]}:{item.raw}")]
+    if not found:
+        near = difflib.get_close_matches(name, [item.raw for item in items], n=1, cutoff=0.6)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise DataError(f"there is no item {name!r} in {dataset}{hint}")
+    if len(found) > 1:
+        ways = " or ".join(f"{domains[item.domain]}:{item.raw}" for item in found)
+        raise DataError(f"{name!r} is an item of several domains; write {ways}")
+    return found[0]

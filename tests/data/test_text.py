@@ -11,6 +11,7 @@ import torch
 
 from recsys.data import text
 from recsys.data.batches import make_catalog, training_events
+from recsys.data.prepare import NamedItem
 from recsys.data.schema import DataError
 from recsys.data.sequences import Sequences
 from recsys.data.split import TRAIN, LeaveOneOut, make_split
@@ -235,7 +236,8 @@ def test_a_damaged_file_and_a_folder_that_cannot_be_written(encode, tmp_path: Pa
 
 
 def test_a_file_of_titles_comes_first(tmp_path: Path):
-    items = {"B01": (1, "Tea"), "B02": (2, None), "B03": (3, None), "B04": (4, "Pan")}
+    rows = [(1, "B01", "Tea"), (2, "B02", None), (3, "B03", None), (4, "B04", "Pan")]
+    items = [NamedItem(item, 0, raw, title) for item, raw, title in rows]
     path = tmp_path / "titles.tsv"
     path.write_text("item\tdomain\tasin\ttitle\n0\tA\tB01\tGreen tea\n1\tA\tB02\tRice\n2\tA\tB99\tSalt\n")
     assert item_titles(items, 5, None) == (None, "Tea", None, None, "Pan", None)
@@ -248,11 +250,11 @@ def test_a_file_of_other_titles_is_refused(tmp_path: Path):
     path = tmp_path / "titles.tsv"
     path.write_text("asin\ttitle\nX1\tSalt\nX2\tSugar\n")
     with pytest.raises(DataError, match=r"none of the 2 ids .* \(ids there: X1, X2; here: B01\)"):
-        item_titles({"B01": (1, None)}, 1, path)
+        item_titles([NamedItem(1, 0, "B01", None)], 1, path)
     with pytest.raises(DataError, match="here: items have no names"):
-        item_titles({}, 1, path)
+        item_titles([], 1, path)
     with pytest.raises(DataError, match="there is no such file"):
-        item_titles({"B01": (1, None)}, 1, tmp_path / "no.tsv")
+        item_titles([NamedItem(1, 0, "B01", None)], 1, tmp_path / "no.tsv")
 
 
 # Sentence encoders
