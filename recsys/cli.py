@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -222,9 +222,11 @@ def evaluate(
         from recsys.evaluation import EvalConfig
         from recsys.loading import apply_overrides, parse_config
         from recsys.report.tables import run_tables
-        from recsys.results import atomic, write_json
+        from recsys.results import RunError, atomic, write_json
         from recsys.training.run import choose_device, evaluate_model, open_run, report
 
+        if output is not None and not output.parent.is_dir():
+            raise RunError(f"there is no folder {output.parent} to write {output.name} into")
         _, experiment, data, model = open_run(run, data_root)
         values = experiment.eval.model_dump(mode="json") | ({"protocols": protocol} if protocol else {})
         eval_config = parse_config(apply_overrides(values, options or []), EvalConfig, "eval")
@@ -313,13 +315,29 @@ def results(
         from recsys.results import RunError, find_runs, load
 
         found = find_runs(runs or [Path("runs")])
-        frame = (seeds_frame if by_seed else results_frame)(load(found), metric or ["ndcg@10"], protocol)
+        values = load(found)
+        frame = (seeds_frame if by_seed else results_frame)(values, metric or ["ndcg@10"], protocol)
         if frame.empty:
-            raise RunError("no finished run has such a number here; `recsys train` makes runs")
+            raise RunError(_what_there_is(values["key"]))
         _show(frame, format_)
         unfinished = [run for run in found if run.state != "done"]
         for run in unfinished:
             print(f"left out: {run.path} is {run.state}", file=sys.stderr)
+
+
+def _what_there_is(keys: "Iterable[str]") -> str:
+    """The error for a number that no finished run has."""
+    metrics, protocols = set(), set()
+    for key in keys:
+        metric, _, protocol = key.split("/")[2].partition("[")
+        metrics.add(metric)
+        protocols.add(protocol.rstrip("]") or "full")
+    if not metrics:
+        return "there is no finished run here; `recsys train` makes runs"
+    return (
+        f"no finished run here has such a number; there are the metrics {', '.join(sorted(metrics))} under the "
+        f"protocols {', '.join(sorted(protocols))} (`recsys evaluate` computes others)"
+    )
 
 
 @app.command()

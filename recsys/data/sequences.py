@@ -108,17 +108,17 @@ class Sequences:
         try:
             about = json.loads((directory / "sequences.json").read_text(encoding="utf-8"))
             arrays = {name: _open(directory / f"{name}.npy") for name in ARRAYS}
-        except (OSError, ValueError, EOFError) as error:
+            return cls(
+                **arrays,
+                domain_names=tuple(about["domain_names"]),
+                time_unit=about["time_unit"],
+                fingerprint=about["fingerprint"],
+            )
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             raise DataError(
-                f"{directory} does not hold packed sequences that can be read ({error}); "
+                f"{directory} does not hold packed sequences that can be read ({error!r}); "
                 "delete the directory and prepare the dataset again"
             ) from None
-        return cls(
-            **arrays,
-            domain_names=tuple(about["domain_names"]),
-            time_unit=about["time_unit"],
-            fingerprint=about["fingerprint"],
-        )
 
 
 def _open(path: Path) -> np.ndarray:

@@ -4,7 +4,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,6 +42,8 @@ class EvalConfig(Config):
     seen: Seen = "history"
     """Items of the user's history leave the full rankings (`history`) or stay (`none`). The target always stays."""
     ties: Ties = "average"
+    scores: Literal["fp32", "bf16"] = "fp32"
+    """bf16 rounds the scores before they are ranked: what ranking in that precision would make of the numbers."""
     bootstrap_samples: Annotated[int, Field(ge=1)] = 1000
     permutations: Annotated[int, Field(ge=1)] = 10_000
     """Sign flips of a permutation test; few users are enumerated instead."""
@@ -118,6 +120,8 @@ def evaluate(
             pools = _pools(protocols, catalog, targets.domain)
             items = torch.cat(pools).unique()
             scores = scorer.scores(targets.batch, items)  # once for all protocols
+            if config.scores == "bf16":
+                scores = scores.bfloat16().float()
             for protocol, pool in zip(protocols, pools, strict=True):
                 columns = torch.searchsorted(items, pool)
                 key = (protocol.name, targets.domain)

@@ -93,11 +93,12 @@ def cross_entropy(
 ) -> Float[Tensor, " batch"]:
     """Softmax cross-entropy of the target in nats; -inf marks what is no candidate.
 
-    It means something where scores are logits. The sum runs in fp64, so that the order of the items does not show.
+    It means something where scores are logits. It runs in fp64, so that neither the order of the items nor the number
+    of rows shows (an exponential in fp32 depends in its last bit on where its element lies in the tensor).
     """
-    scores = _at_least_fp32(scores)
+    scores = scores.double()
     peak = scores.amax(1, keepdim=True)
-    total = (scores - peak).exp().sum(1, dtype=torch.float64)
+    total = (scores - peak).exp_().sum(1)
     target = scores.gather(1, target_index[:, None])
     return (total.log() + (peak - target).squeeze(1)).float()
 

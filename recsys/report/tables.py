@@ -11,6 +11,7 @@ from rich.text import Text
 
 from recsys.evaluation import Comparison
 from recsys.evaluation.metrics import metric_key
+from recsys.evaluation.protocols import PROTOCOLS
 
 COLUMNS = ("hr@10", "ndcg@10", "mrr", "auc")
 """The metrics of a run's own table."""
@@ -64,6 +65,10 @@ def caveats(final: dict[str, Any]) -> Iterator[str]:
             notes.append(f"{counts['repeated_targets']:,} targets repeat an item of their history")
         if notes:
             yield f"{domain}: {'; '.join(notes)}"
+        for name in final["evaluation"]["protocols"]:
+            negatives = PROTOCOLS[name].negatives
+            if negatives is not None and counts["candidates"] <= negatives.count:
+                yield f"{domain}: {name} takes in all of the {counts['candidates']:,} items, as there are no more"
 
 
 def comparison_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:

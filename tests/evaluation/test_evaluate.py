@@ -124,6 +124,14 @@ def test_batch_size_and_the_order_of_users_change_nothing(size: int):
     assert summarize(other.ranks, EVERY) == summarize(expected.ranks, EVERY)
 
 
+def test_ranking_in_bf16_makes_ties():
+    """What `scores: bf16` is there to show; in fp32 these scores have none."""
+    exact = WORLD.evaluate(Vectors(2400)).ranks["ties"].to_numpy()
+    rounded = WORLD.evaluate(Vectors(2400), EvalConfig(scores="bf16")).ranks["ties"].to_numpy()
+    assert exact.sum() == 0
+    assert (rounded > 0).mean() > 0.5
+
+
 def test_coverage_of_ties_does_not_depend_on_batches_either():
     ours = WORLD.evaluate(Constant(), size=3).coverage
     assert ours == WORLD.evaluate(Constant(), size=80).coverage

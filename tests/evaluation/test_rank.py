@@ -103,3 +103,10 @@ def test_cross_entropy_by_torch():
     hidden = torch.cat([SCORES, torch.full((3, 1), -torch.inf)], dim=1)
     torch.testing.assert_close(cross_entropy(hidden, TARGET), expected)
     assert cross_entropy(torch.tensor([[3.0, -torch.inf]]), torch.tensor([0])) == 0
+
+
+def test_cross_entropy_of_a_row_does_not_depend_on_the_others():
+    scores = torch.randn(300, 1237, generator=torch.Generator().manual_seed(0)) * 4
+    target = torch.arange(300)
+    alone = torch.cat([cross_entropy(scores[row : row + 1], target[row : row + 1]) for row in range(300)])
+    assert torch.equal(cross_entropy(scores, target), alone)

@@ -152,10 +152,10 @@ def test_rows_that_mask_their_last_event_alone(build, make_batch):
 
 
 def test_masks_come_from_the_generator(build, make_batch):
-    model, batch = build(mask_share=0.5), training_batch(make_batch)
-    drawn = [masks_of(model.objective(batch, generator(seed))) for seed in (1, 1, 2, 3, 4)]
-    assert drawn[0] == drawn[1]
-    assert any(masks != drawn[0] for masks in drawn[2:])
+    model, batch = build(mask_share=0.5, last_share=0.5), training_batch(make_batch)
+    drawn = [masks_of(model.objective(batch, generator(seed))) for seed in (*range(9), *range(9))]
+    assert drawn[:9] == drawn[9:]
+    assert any(masks != drawn[0] for masks in drawn)
 
 
 @QUERY
@@ -242,15 +242,18 @@ def test_a_history_of_max_len_has_room_for_its_mask(build, make_batch):
         model.objective(batch, generator())
 
 
-def test_a_row_without_a_last_target_and_a_row_of_padding(build, make_batch):
+@pytest.mark.parametrize(("last_share", "masked"), [(0.0, 2), (1.0, 1)])
+def test_a_row_without_a_last_target_and_a_row_of_padding(last_share, masked, build, make_batch):
     """Neither occurs in training; both have states, finite gradients, and nothing asked that is not there."""
-    model = build(mask_share=0.5)
+    model = build(mask_share=0.5, last_share=last_share)
     batch = make_batch([HISTORIES[0], []], [[None] * 4, []])
     objective = model.objective(batch, generator())
-    assert (objective.batch.targets[:, -1] == PAD_ID).all()
-    assert (objective.batch.targets[0] != PAD_ID).sum() == 2
+    states = objective.answers[0][1]
+    assert (states[:, -1] == 0).all()
+    assert (objective.batch.targets[0] != PAD_ID).sum() == (states[0] != 0).any(-1).sum() == masked
+    assert (states[1] == 0).all()
     assert (objective.batch.targets[1] == PAD_ID).all()
-    objective.answers[0][1].square().sum().backward()
+    states.square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -265,3 +268,12 @@ def test_size_in_closed_form(make_catalog):
         "output": d * d + d,
     }
     assert {name: number for name, number in counts.items() if number} == parts | {"total": sum(parts.values())}
+
+
+def test_the_start(make_catalog):
+    """No item is ahead of another by its bias, and padding has none of anything."""
+    model = BERT4RecConfig(d_model=32, init_std=0.3).build(make_catalog(2), 10, torch.Generator().manual_seed(0))
+    table = model.item_embeddings()
+    assert table[1:, :-1].std().item() == pytest.approx(0.3, rel=0.05)
+    assert (table[:, -1] == 0).all()
+    assert (table[PAD_ID] == 0).all()

@@ -8,7 +8,9 @@ from recsys.models import CrossDomainConfig, ModelConfig
 ADAPTER = TypeAdapter(ModelConfig)
 
 
-@pytest.mark.parametrize("name", ["popularity", "markov", "item_knn", "sasrec", "cross_domain"])
+@pytest.mark.parametrize(
+    "name", ["popularity", "markov", "item_knn", "sasrec", "bert4rec", "gru4rec", "hstu", "cross_domain"]
+)
 def test_each_name_builds(name, make_catalog):
     config = ADAPTER.validate_python({"name": name})
     assert config.name == name

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from recsys.cli import app
 from recsys.data.batches import EvalBatches
 from recsys.evaluation import summarize
-from recsys.experiment import Experiment, load_data
+from recsys.experiment import Data, Experiment, load_data
 from recsys.loading import ConfigError, dump_yaml, load_yaml, parse_config
 from recsys.results import RunDirectory, RunError
 from recsys.sweeps import tune as tuning
@@ -235,11 +235,30 @@ def test_another_search_does_not_mix_in(tmp_path: Path, monkeypatch: pytest.Monk
         search(tmp_path)
 
 
-def test_keys_of_the_data_change_what_a_model_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tpe_learns_from_the_trials_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten at random, the same whatever comes of them; then not."""
+    tried = []
+    for sign in (1, -1):
+        monkeypatch.setattr(tuning, "select", lambda config, *_, sign=sign: sign * config.optim.lr)
+        trials = search(tmp_path / f"{sign}", trials=12, sampler="tpe")
+        tried.append([trial.values for trial in trials])
+    assert tried[0][:10] == tried[1][:10]
+    assert tried[0][10:] != tried[1][10:]
+
+
+def test_a_trial_has_the_data_of_its_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(tuning, "select", lambda config, *_: seen.append(config.data.max_len) or 0.1)
-    search(tmp_path, "data.max_len: {choices: [3, 12]}", trials=6)
-    assert set(seen) == {3, 12}
+
+    def width(config: Experiment, data: Data, *_: Any) -> float:
+        assert data.text is not None
+        assert config.data.text is not None
+        seen.append((config.data.text.d_text, data.text.vectors.shape[1]))
+        return 0.1
+
+    monkeypatch.setattr(tuning, "select", width)
+    config = experiment(data=TINY["data"] | {"text": {"name": "tfidf", "d_text": 2}})
+    search(tmp_path, "data.text.d_text: {choices: [2, 4]}", config, trials=6)
+    assert set(seen) == {(2, 2), (4, 4)}
 
 
 @pytest.mark.parametrize(
