@@ -7,7 +7,7 @@ from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
@@ -181,8 +181,7 @@ class CDSRNP(nn.Module):
     def forward(self, batch: Batch) -> Float[Tensor, "batch length d_model"]:
         questions, pairs = self._ask(batch), self._support()
         others = questions.user[:, None] != self.support_user
-        prior = self._latent(others.to(pairs.dtype) @ pairs, others.sum(dim=1))
-        return self._answer(batch, questions, pairs, prior.mean)
+        return self._answer(batch, questions, pairs, self._latent(pairs, others).mean)
 
     def objective(self, batch: Batch, generator: torch.Generator) -> Objective:
         questions, pairs = self._ask(batch), self._support()
@@ -191,11 +190,11 @@ class CDSRNP(nn.Module):
         asked = self._pairs(questions.states[last], answers)
 
         others = ~torch.isin(self.support_user, questions.user)
-        total, count = pairs[others].sum(dim=0), others.sum()
-        prior = self._latent(total, count)
-        posterior = self._latent(total + asked.sum(dim=0), count + len(asked))
-        noise = torch.randn(total.shape, generator=generator, device=total.device, dtype=total.dtype)
-        z = posterior.mean + posterior.stddev * noise
+        prior = self._latent(pairs, others)
+        posterior = self._latent(torch.cat([pairs, asked]), F.pad(others, (0, len(asked)), value=True))
+        mean = posterior.mean
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        z = mean + posterior.stddev * noise
         hidden = self._answer(batch, questions, pairs, z.expand(len(questions.user), -1))
         return Objective(batch, ((1.0, hidden),), {"kl": self.kl_weight * kl_divergence(posterior, prior).sum()})
 
@@ -217,13 +216,13 @@ class CDSRNP(nn.Module):
         self, states: Float[Tensor, "users domains d_model"], items: Int[Tensor, " users"]
     ) -> Float[Tensor, "users d_model"]:
         """r of pairs of what all domains' states say and the item that follows."""
-        r = self.pair(torch.cat([states.flatten(1), self.embedding.items(items)], dim=1))
-        return r.to(torch.promote_types(r.dtype, torch.float32))
+        return self.pair(torch.cat([states.flatten(1), self.embedding.items(items)], dim=1))
 
-    def _latent(self, total: Float[Tensor, "*rows d_model"], count: Int[Tensor, "*rows"]) -> Normal:
-        """q(z | pairs), of the sum of the pairs' r and their number."""
-        m = total / count.clamp(min=1)[..., None]
-        with torch.autocast(m.device.type, enabled=False):  # prior and posterior differ by less than bf16 can tell
+    def _latent(self, pairs: Float[Tensor, "pairs d_model"], chosen: Bool[Tensor, "*rows pairs"]) -> Normal:
+        """q(z | the chosen pairs), of the pairs' r."""
+        with torch.autocast(pairs.device.type, enabled=False):  # prior and posterior differ by less than bf16 can tell
+            r = pairs.to(self.mean.weight.dtype)
+            m = chosen.to(r.dtype) @ r / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
             return Normal(self.mean(m), 0.1 + 0.9 * torch.sigmoid(self.spread(m)), validate_args=False)
 
     def _ask(self, batch: Batch) -> "_Questions":

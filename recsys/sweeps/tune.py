@@ -125,7 +125,7 @@ def tune(
     about = {
         "experiment": experiment.yaml(),
         "data": data.fingerprint,
-        "space": {key: dimension.model_dump(mode="json") for key, dimension in space.items()},
+        "space": {key: dimension.model_dump(mode="json", exclude_defaults=True) for key, dimension in space.items()},
         "sampler": sampler,
         "seed": seed,
     }
@@ -137,7 +137,7 @@ def tune(
             drawing = optuna.create_study(direction="maximize", sampler=_sampler(sampler, seed, number))
             drawing.add_trials(study.trials)
             values = drawing.ask(distributions).params
-            console.print(f"trial {number + 1} of {trials}: {values_text(values)}", highlight=False)
+            console.print(f"trial {number + 1} of {trials}: {values_text(values)}", highlight=False, markup=False)
             trial = _run(number, values, experiment, data, data_root, directory / "runs")
             outcome = trial.error if trial.value is None else f"{experiment.trainer.monitor} {trial.value:.4f}"
             console.print(f"  {outcome}  ({trial.seconds:.0f} s)", highlight=False, markup=False)
@@ -221,7 +221,7 @@ def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment
     """The experiment with some keys set. Raises ConfigError where they do not go together."""
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     resolved = experiment.model_dump(mode="json")
-    return parse_config(apply_overrides(resolved, overrides), Experiment, values_text(values))
+    return parse_config(apply_overrides(resolved, overrides), Experiment, "these values")
 
 
 def _frozen(trial: Trial, distributions: dict[str, "BaseDistribution"]) -> "FrozenTrial":

@@ -30,6 +30,7 @@ from recsys.loading import ConfigError, load_yaml
 from recsys.models import count_parameters
 from recsys.results import RunDirectory, RunError, atomic, fingerprint, write_json, write_text
 from recsys.training.callbacks import EpochLog, EpochProgress
+from recsys.training.checkpoint import AtomicCheckpoints, read_checkpoint
 from recsys.training.curve import draw_curve
 from recsys.training.environment import describe_environment
 from recsys.training.module import SequentialModule, require_metric
@@ -119,13 +120,8 @@ def open_run(path: Path, data_root: Path | None) -> tuple[RunDirectory, Experime
 
 def load_weights(model: nn.Module, checkpoint: Path, experiment: Experiment) -> None:
     """The weights of a checkpoint, safely. Raises RunError where it is missing, damaged, or of another config."""
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        weights, config = content["state_dict"], content["config"]
-    except FileNotFoundError:
-        raise RunError(f"there is no checkpoint {checkpoint}; train the run with --overwrite") from None
-    except Exception as error:
-        raise RunError(f"{checkpoint} is not a checkpoint that can be read: {error}; train with --overwrite") from None
+    content = read_checkpoint(checkpoint)
+    weights, config = content["state_dict"], content["config"]
     if config != fingerprint(experiment.yaml()):
         raise RunError(f"{checkpoint} belongs to another config than the config.yaml beside it; train with --overwrite")
     prefix = "model."
@@ -331,6 +327,7 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
             check_val_every_n_epoch=config.validate_every,
             gradient_clip_val=config.gradient_clip,
             callbacks=[*callbacks, best, last],
+            plugins=[AtomicCheckpoints()],
             logger=TensorBoardLogger(run.path, name="", version="tensorboard") if config.tensorboard else False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -366,7 +363,7 @@ def _stopped_early(run: RunDirectory, config: TrainerConfig) -> bool:
     """Whether a run that is taken up again had ended its training: Lightning would train it for one more epoch."""
     if config.patience is None or not run.last.exists():
         return False
-    callbacks = torch.load(run.last, map_location="cpu", weights_only=True)["callbacks"]
+    callbacks = read_checkpoint(run.last)["callbacks"]
     [state] = [state for name, state in callbacks.items() if name.startswith("EarlyStopping")]
     return bool(state["wait_count"] >= config.patience)
 

@@ -163,20 +163,32 @@ def test_objective_and_a_step(build, batch, make_catalog):
 
 
 def test_the_latent_by_hand(build):
-    """One coordinate each: m = 2 of two pairs, then no pairs at all."""
+    """One coordinate: m = 2 of two pairs of three, then of no pair at all."""
     model = build(None, d_model=1)
     with torch.no_grad():
         for part, weight, bias in ((model.mean, 3.0, 1.0), (model.spread, math.log(3) / 2, 0.0)):
             part.weight.fill_(weight)
             part.bias.fill_(bias)
-    q = model._latent(torch.tensor([4.0], dtype=torch.float64), torch.tensor(2))
+    pairs = torch.tensor([[1.5], [7.0], [2.5]], dtype=torch.float64)
+    q = model._latent(pairs, torch.tensor([True, False, True]))
     assert q.mean.item() == pytest.approx(3 * 2 + 1)
     assert q.stddev.item() == pytest.approx(0.1 + 0.9 * 0.75)
-    p = model._latent(torch.tensor([0.0], dtype=torch.float64), torch.tensor(0))
+    p = model._latent(pairs, torch.zeros(3, dtype=torch.bool))
     assert (p.mean.item(), p.stddev.item()) == pytest.approx((1, 0.55))
     expected = math.log(0.55 / 0.775) + (0.775**2 + 36) / (2 * 0.55**2) - 0.5
     assert kl_divergence(q, p).item() == pytest.approx(expected)
     assert kl_divergence(q, q).item() == 0
+
+
+def test_in_half_precision_the_latent_keeps_its_own(build, batch):
+    model = build().float()
+    expected = model.objective(batch, torch.Generator().manual_seed(5)).terms["kl"]
+    with torch.autocast("cpu", torch.bfloat16):
+        objective = model.objective(batch, torch.Generator().manual_seed(5))
+        assert model(batch).isfinite().all()
+    assert objective.terms["kl"].dtype == torch.float32
+    torch.testing.assert_close(objective.terms["kl"], expected, rtol=0.05, atol=0)
+    (objective.answers[0][1].square().sum() + objective.terms["kl"]).backward()
 
 
 def test_a_batch_that_is_all_of_the_support_has_a_prior_of_no_pairs(build, batch):

@@ -19,6 +19,7 @@ from rich.console import Console
 from recsys.experiment import Experiment, load_data
 from recsys.loading import dump_yaml, parse_config
 from recsys.results import RunDirectory, RunError
+from recsys.training.checkpoint import read_checkpoint
 from recsys.training.module import epoch_seed
 from recsys.training.run import evaluate_model, open_run, train
 
@@ -241,6 +242,39 @@ def test_a_full_disk_leaves_no_half_result(tmp_path: Path, monkeypatch: pytest.M
     assert run.state == "failed"
     assert not run.final.exists()
     assert {path.name for path in run.path.iterdir()} == {"config.yaml", "best.ckpt", "FAILED"}
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third epoch cannot be written; what the second left is whole, and the run goes on from there."""
+    save, calls = torch.save, []
+
+    def half(content: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) < 6:  # best and last of an epoch, while each epoch is the best
+            return save(content, path)
+        whole = io.BytesIO()
+        save(content, whole)
+        Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(OSError, match="could not be written, the earlier one is kept"):
+            run_it(experiment(), tmp_path / "full")
+    [run] = [RunDirectory(path) for path in (tmp_path / "full").iterdir()]
+    assert run.state == "failed"
+    assert read_checkpoint(run.best)["config"] == read_checkpoint(run.last)["config"]
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
+    whole = run_it(experiment(), tmp_path / "whole")
+    assert run_it(experiment(), tmp_path / "full", retry=True).final.read_bytes() == whole.final.read_bytes()
+
+
+def test_a_torn_checkpoint_is_named(tmp_path: Path) -> None:
+    whole = run_it(experiment(), tmp_path)
+    whole.done.unlink()
+    whole.last.write_bytes(whole.last.read_bytes()[:5000])
+    with pytest.raises(RunError, match=r"last\.ckpt is not a checkpoint that can be read.*--overwrite"):
+        run_it(experiment(), tmp_path)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
