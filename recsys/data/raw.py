@@ -103,15 +103,24 @@ def read_titles(path: Path) -> dict[str, str]:
     return {row[item]: row[title] for row in cells}
 
 
+def is_seconds(times: Int[np.ndarray, " events"]) -> bool:
+    """Whether all of some times, read as seconds, lie between 1990 and today."""
+    return bool(len(times) and times.min() >= YEAR_1990 and times.max() <= time.time() + DAY)
+
+
 def check_times(
     origin: Path,
     seconds: Int[np.ndarray, " events"],
     lines: Int[np.ndarray, " events"],
     milliseconds_mend: str = "divide the times by 1000",
 ) -> None:
-    """Refuses times before 1970, times to come, and times that are milliseconds; each with its lines."""
+    """Refuses times before 1970, times to come, times that are milliseconds, and single times before 1990 where most
+    are later, as a number that was cut short gives them; each with its lines.
+    """
     limit = int(time.time()) + DAY  # a day of grace for clocks and time zones
     wrong = (seconds < 0) | (seconds > limit)
+    if len(seconds) and np.median(seconds) >= YEAR_1990:
+        wrong |= seconds < YEAR_1990
     if not wrong.any():
         return
     milliseconds = (seconds > YEAR_2100) & (seconds // 1000 >= YEAR_1990) & (seconds // 1000 <= limit)
@@ -122,6 +131,9 @@ def check_times(
             return f"line {lines[row]}: the timestamp {value} is negative (before 1970)"
         if milliseconds[row]:
             return f"line {lines[row]}: the timestamp {value} is in milliseconds, not in seconds"
+        if value < YEAR_1990:
+            day = f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d}"
+            return f"line {lines[row]}: the timestamp {value} ({day}) lies long before most others; is it cut short?"
         when = f" ({datetime.fromtimestamp(value, UTC):%Y-%m-%d})" if value < 253_402_300_800 else ""
         return f"line {lines[row]}: the timestamp {value}{when} lies in the future"
 

@@ -157,6 +157,21 @@ def test_time_units(card: MakeCard, write: Write, unit: str, text: str, seconds:
     assert raw.frame["timestamp"].tolist() == [seconds]
 
 
+def test_a_time_cut_short_is_not_taken_for_1970(card: MakeCard, write: Write) -> None:
+    lines = [f"ann,tea{n},food,{1_388_534_400 + n},3" for n in range(4)]
+    whole = "\n".join(["user,item,domain,time,rating", *lines])
+    with pytest.raises(DataError, match=r"line 5: the timestamp 138853 \(1970-01-02\) lies long before .* cut short"):
+        read(card(), write(whole.replace("1388534403,3", "138853,3")))
+    early = whole.replace("13885", "3885")  # all of them in 1982: then it is no accident
+    assert len(read(card(), write(early)).frame) == 4
+
+
+def test_seconds_that_the_card_calls_milliseconds(card: MakeCard, write: Write) -> None:
+    made = card(format=TABLE.format(type="csv") + "  time_unit: ms\n")
+    with pytest.raises(DataError, match="these are seconds, not milliseconds; say `time_unit: s`"):
+        read(made, write("user,item,domain,time,rating\nann,tea,food,1388534400,3\n"))
+
+
 def test_parquet_times_and_missing_numbers(card: MakeCard, write: Write) -> None:
     frame = pd.DataFrame(
         {

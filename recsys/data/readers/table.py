@@ -18,7 +18,16 @@ import pyarrow.parquet
 from jaxtyping import Float32, Int16, Int32, Int64
 from pydantic import field_validator, model_validator
 
-from recsys.data.raw import RawEvents, Source, bad_rows, canonical_order, check_times, read_bytes, read_text
+from recsys.data.raw import (
+    RawEvents,
+    Source,
+    bad_rows,
+    canonical_order,
+    check_times,
+    is_seconds,
+    read_bytes,
+    read_text,
+)
 from recsys.data.schema import SHOWN, DataError, bad_lines
 from recsys.loading import Config
 
@@ -176,7 +185,9 @@ class TableFormat(Config):
         values[present] = self._parse_times(path, text.filter(pa.array(present)), cells.lines[present])
         if self.time_unit != "order":
             mend = "say `time_unit: ms` in the card" if self.time_unit == "s" else "correct the card's `time_unit`"
-            check_times(path, values, cells.lines, mend)
+            if self.time_unit == "ms" and is_seconds(values[present] * 1000):
+                raise DataError(f"{path}: these are seconds, not milliseconds; say `time_unit: s` in the card")
+            check_times(path, values[present], cells.lines[present], mend)
         if self.missing_time == "drop":
             return values, present
         return np.where(present, values, _LAST), None
