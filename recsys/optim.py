@@ -64,11 +64,11 @@ class Plateau(Config):
 class OptimConfig(Config):
     """AdamW (Loshchilov & Hutter, 2019)."""
 
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(0.01, ge=0)
     decay: Literal["matrices", "all"] = "matrices"
     """What decays: tensors of two or more dimensions (tables and weights), or biases and norms as well."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     schedule: Annotated[Constant | Cosine | Plateau, Field(discriminator="name")] = Constant()
 
     def build(self, model: nn.Module, total_steps: int, monitor: str) -> tuple[Optimizer, Schedulers]:

@@ -1,5 +1,8 @@
+from typing import Any
+
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from recsys.optim import Constant, Cosine, OptimConfig, Plateau
@@ -61,3 +64,9 @@ def test_one_step_of_adamw_by_hand() -> None:
     (weight * torch.tensor([[3.0, -4.0]])).sum().backward()
     optimizer.step()
     assert torch.allclose(weight, torch.tensor([[2.0 * 0.95 - 0.1, -0.95 + 0.1]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [{"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"lr": float("inf")}, {"lr": 0.0}])
+def test_values_that_no_optimizer_takes(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        OptimConfig(**values)
