@@ -64,7 +64,7 @@ class EpochLog(pl.Callback):
 
 
 class EpochProgress(pl.Callback):
-    """A bar over the steps of an epoch, and a line per epoch that stays."""
+    """A bar over the steps of an epoch, and a line per epoch that stays; a star marks the best so far."""
 
     def __init__(self, console: Console, monitor: str) -> None:
         self.console = console
@@ -73,6 +73,12 @@ class EpochProgress(pl.Callback):
         self._task: TaskID | None = None
         self._started = 0.0
         self._best = float("-inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best = state_dict["best"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._progress = Progress(

@@ -18,7 +18,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise RunError(f"there is no checkpoint {path}; train the run with --overwrite") from None
     except Exception as error:  # torch names a torn file in many ways
         raise RunError(f"{path} is not a checkpoint that can be read: {error}; train with --overwrite") from None
+    if not isinstance(content, dict) or not {"state_dict", "config"} <= content.keys():
+        raise RunError(f"{path} is not a checkpoint of a run; train with --overwrite")
     return content
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """A checkpoint whole or not at all. Raises OSError, which names the file, where the disk does not take it."""
+    try:
+        # Given a path, torch keeps the file open, and its space taken, as long as somebody holds the error.
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        reason: BaseException = error  # torch's writer fails on top of the system's error, more than once
+        while reason.__context__ is not None and not isinstance(reason, OSError):
+            reason = reason.__context__
+        raise OSError(f"{path} could not be written ({reason}); an earlier one is kept as it was") from error
 
 
 class AtomicCheckpoints(CheckpointIO):
@@ -31,11 +46,7 @@ class AtomicCheckpoints(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as temporary:
-            try:
-                torch.save(checkpoint, temporary)
-            except RuntimeError as error:  # torch's writer does not say that the disk is full
-                raise OSError(f"{path} could not be written, the earlier one is kept: {error}") from error
+        write_checkpoint(checkpoint, path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None

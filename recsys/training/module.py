@@ -160,9 +160,9 @@ class SequentialModule(pl.LightningModule):
 
 
 def require_metric(monitor: str, values: Mapping[str, Tensor]) -> None:
-    """Raises RunError where validation does not give the metric that picks the checkpoint."""
+    """Raises RunError where validation had nothing to measure the metric on that picks the checkpoint."""
     if monitor not in values:
-        raise RunError(f"trainer.monitor: there is no metric {monitor!r}; validation gives {', '.join(sorted(values))}")
+        raise RunError(f"trainer.monitor: validation gave no {monitor}: it has no target with a history there")
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -1,6 +1,7 @@
 """A run: from an experiment to a directory with its numbers, and from such a directory back to its model."""
 
 import contextlib
+import difflib
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytorch_lightning as pl
 import torch
@@ -21,8 +23,9 @@ from rich.console import Console
 from torch import nn
 
 from recsys.data.batches import EvalBatches, TrainBatches
-from recsys.data.split import split_report
+from recsys.data.split import VALID, split_report
 from recsys.evaluation import DotScorer, EvalConfig, Evaluation, RanksInfo, evaluate, rank_full, summarize
+from recsys.evaluation.metrics import metric_key
 from recsys.evaluation.ranks import Split
 from recsys.evaluation.running import RankingMetrics
 from recsys.experiment import Data, Experiment, TrainerConfig, build_model, load_data
@@ -30,7 +33,7 @@ from recsys.loading import ConfigError, load_yaml
 from recsys.models import count_parameters
 from recsys.results import RunDirectory, RunError, atomic, fingerprint, write_json, write_text
 from recsys.training.callbacks import EpochLog, EpochProgress
-from recsys.training.checkpoint import AtomicCheckpoints, read_checkpoint
+from recsys.training.checkpoint import AtomicCheckpoints, read_checkpoint, write_checkpoint
 from recsys.training.curve import draw_curve
 from recsys.training.environment import describe_environment
 from recsys.training.module import SequentialModule, require_metric
@@ -60,6 +63,8 @@ def train(
             raise RunError(f"{run.path} failed earlier: {run.failure()} (see {run.failed}); --retry runs it again")
         case "partial":
             console.print(f"{run.path} was cut off and goes on from its last checkpoint", highlight=False)
+    if not experiment.counts:
+        _check_monitor(experiment, data)
     parts = _build(experiment, data, choose_device(experiment.trainer))
     with _at_work(run, experiment, overwrite):
         _train(experiment, data, parts, run, console)
@@ -75,6 +80,7 @@ def select(experiment: Experiment, data: Data, runs_dir: Path, console: Console)
     run = RunDirectory.of(runs_dir, experiment.name, experiment.yaml(), data.fingerprint)
     if run.state == "failed":
         raise RunError(f"{run.path} failed earlier: {run.failure()} (see {run.failed})")
+    _check_monitor(experiment, data)
     parts = _build(experiment, data, choose_device(experiment.trainer))
     if run.state == "done" and not experiment.counts:
         return float(run.read_final()["selection"]["value"])
@@ -207,7 +213,9 @@ def _build(experiment: Experiment, data: Data, device: torch.device) -> _Parts:
 
 
 def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, console: Console) -> None:
-    started, clock = datetime.now(UTC), time.perf_counter()
+    """Of a run that goes on, `started` is of the last session; the seconds count the epochs of earlier ones too."""
+    started = datetime.now(UTC)
+    clock = time.perf_counter() - sum(record["seconds"] for record in run.read_log())
     device, model = parts.device, parts.model
     counts = count_parameters(model)
     console.print(
@@ -254,12 +262,11 @@ def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory,
 def _save_counts(experiment: Experiment, model: nn.Module, run: RunDirectory) -> None:
     """A model that counts has seen the training events when it was built."""
     weights = {f"model.{key}": value for key, value in model.state_dict().items()}
-    with atomic(run.best) as path:
-        torch.save({"state_dict": weights, "config": fingerprint(experiment.yaml())}, path)
+    write_checkpoint({"state_dict": weights, "config": fingerprint(experiment.yaml())}, run.best)
 
 
 def _validate(experiment: Experiment, data: Data, parts: _Parts) -> float:
-    """The value of `trainer.monitor` of a model as it is. Raises RunError where there is no such metric."""
+    """The value of `trainer.monitor` of a model as it is."""
     metrics = _validation_metrics(experiment, data).to(parts.device)
     scorer, catalog = make_scorer(parts.model.to(parts.device).eval(), experiment), data.catalog.to(parts.device)
     for batch in eval_batches(experiment, data, experiment.eval, "validation", parts.device):
@@ -273,6 +280,21 @@ def _validate(experiment: Experiment, data: Data, parts: _Parts) -> float:
 def _validation_metrics(experiment: Experiment, data: Data) -> RankingMetrics:
     config = experiment.eval
     return RankingMetrics("validation", data.catalog.domain_names, config.ks, config.ties)
+
+
+def _check_monitor(experiment: Experiment, data: Data) -> None:
+    """Raises ConfigError where validation will not give the metric that picks the checkpoint."""
+    metrics, monitor = _validation_metrics(experiment, data), experiment.trainer.monitor
+    asked = [metrics.domain_names[domain] for domain in np.unique(data.sequences.domains[data.split.role == VALID])]
+    groups = ["macro", "micro", *(asked if experiment.data.domain is None else [experiment.data.domain])]
+    keys = [metric_key(metrics.split, group, name, "full") for group in groups for name in metrics.names]
+    if monitor not in keys:
+        near = difflib.get_close_matches(monitor, keys, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"trainer.monitor: there is no metric {monitor!r}; {hint}"
+            f"(validation/<one of {', '.join(groups)}>/<one of {', '.join(metrics.names)}>)"
+        )
 
 
 def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, console: Console) -> dict[str, Any]:

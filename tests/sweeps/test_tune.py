@@ -151,7 +151,7 @@ def test_a_model_that_counts_is_judged_by_the_same_metric(tmp_path: Path) -> Non
     found = evaluate_model(model, config, data, config.eval, "validation", torch.device("cpu"))
     assert value == pytest.approx(summarize(found.ranks, config.eval)["validation/macro/ndcg@10"].value)
     other = experiment(model={"name": "item_knn"}, loss=None, trainer={"monitor": "validation/macro/ndgc@10"})
-    with pytest.raises(RunError, match="no metric 'validation/macro/ndgc@10'; validation gives"):
+    with pytest.raises(ConfigError, match="did you mean validation/macro/ndcg@10"):
         select(other, data, tmp_path, Console(quiet=True))
 
 

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,11 +18,11 @@ import torch
 from rich.console import Console
 
 from recsys.experiment import Experiment, load_data
-from recsys.loading import dump_yaml, parse_config
+from recsys.loading import ConfigError, dump_yaml, parse_config
 from recsys.results import RunDirectory, RunError
 from recsys.training.checkpoint import read_checkpoint
 from recsys.training.module import epoch_seed
-from recsys.training.run import evaluate_model, open_run, train
+from recsys.training.run import _check_monitor, evaluate_model, open_run, select, train
 
 CPU = torch.device("cpu")
 SOURCE = {"name": "synthetic", "num_users": 80, "items_per_domain": 120, "mean_events": 16, "max_events": 40}
@@ -215,6 +216,9 @@ def test_a_checkpoint_of_another_config_is_refused(finished: RunDirectory, tmp_p
     copy.best.write_bytes(b"no checkpoint")
     with pytest.raises(RunError, match="not a checkpoint that can be read"):
         open_run(tmp_path, None)
+    torch.save({"weights": torch.ones(2)}, copy.best)
+    with pytest.raises(RunError, match="not a checkpoint of a run"):
+        open_run(tmp_path, None)
     copy.best.unlink()
     with pytest.raises(RunError, match="there is no checkpoint"):
         open_run(tmp_path, None)
@@ -248,21 +252,29 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path: Path, monkeypatch: 
     """The third epoch cannot be written; what the second left is whole, and the run goes on from there."""
     save, calls = torch.save, []
 
-    def half(content: Any, path: Path) -> None:
-        calls.append(path)
+    def half(content: Any, file: BinaryIO) -> None:
+        calls.append(file)
         if len(calls) < 6:  # best and last of an epoch, while each epoch is the best
-            return save(content, path)
+            return save(content, file)
         whole = io.BytesIO()
         save(content, whole)
-        Path(path).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
-        raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        try:  # as torch does
+            try:
+                raise OSError(28, "No space left on device")
+            finally:
+                raise RuntimeError("enforce fail")
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", half)
-        with pytest.raises(OSError, match="could not be written, the earlier one is kept"):
+        with pytest.raises(OSError, match=r"\.ckpt could not be written .*No space left.* earlier one is kept"):
             run_it(experiment(), tmp_path / "full")
     [run] = [RunDirectory(path) for path in (tmp_path / "full").iterdir()]
     assert run.state == "failed"
+    assert calls[-1].closed, "its space is free for the traceback"
+    assert "No space left" in run.failure()
     assert read_checkpoint(run.best)["config"] == read_checkpoint(run.last)["config"]
     assert not [path for path in run.path.iterdir() if path.name.startswith(".")]
     whole = run_it(experiment(), tmp_path / "whole")
@@ -286,10 +298,66 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     assert not run.final.exists()
 
 
-def test_an_unknown_monitor_names_the_metrics_there_are(tmp_path: Path) -> None:
-    config = experiment(trainer=TINY["trainer"] | {"monitor": "validation/macro/ndgc@10"})
-    with pytest.raises(RunError, match="validation/macro/ndcg@10"):
+@pytest.mark.parametrize("work", [train, select])
+@pytest.mark.parametrize(
+    ("monitor", "domain", "message"),
+    [
+        ("validation/macro/ndgc@10", None, r"did you mean validation/macro/ndcg@10\? .*domain_1, domain_2.*mrr, auc"),
+        ("validation/macro/ndcg@20", None, r"did you mean validation/macro/ndcg@10\?"),
+        ("loss", None, r"no metric 'loss'; \(validation/<one of macro, micro, domain_1.*hr@5, hr@10"),
+        ("validation/domain_2/mrr", "domain_1", r"did you mean validation/domain_1/mrr\? .*macro, micro, domain_1>"),
+    ],
+)
+def test_an_unknown_monitor_is_refused_before_the_run(
+    work: Callable[..., Any], monitor: str, domain: str | None, message: str, tmp_path: Path
+) -> None:
+    model = {"name": "sasrec", "d_model": 8, "d_ff": 16, "num_heads": 1}
+    config = experiment(
+        data=TINY["data"] | {"domain": domain}, model=model, trainer=TINY["trainer"] | {"monitor": monitor}
+    )
+    with pytest.raises(ConfigError, match=message):
+        work(config, load_data(config.data, None), tmp_path, Console(file=io.StringIO()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_monitor_is_any_metric_that_validation_logs(finished: RunDirectory) -> None:
+    logged = [key for key in finished.read_log()[0] if key.startswith("validation/")]
+    data = load_data(experiment().data, None)
+    assert len(logged) == 4 * 7  # macro, micro, two domains
+    for monitor in logged:
+        _check_monitor(experiment(trainer=TINY["trainer"] | {"monitor": monitor}), data)
+
+
+def test_models_that_count_are_trained_without_a_monitor(tmp_path: Path) -> None:
+    trainer = TINY["trainer"] | {"monitor": "validation/macro/ndcg@20"}
+    config = experiment(model={"name": "popularity"}, loss=None, negatives=None, trainer=trainer)
+    assert run_it(config, tmp_path).state == "done"
+
+
+def test_the_times_are_those_of_all_sessions(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_after(2, patch)
+        run_it(experiment(), tmp_path)
+    [run] = [RunDirectory(path) for path in tmp_path.iterdir()]
+    run.log.write_text("".join(json.dumps(record | {"seconds": 1000.0}) + "\n" for record in run.read_log()))
+    run_it(experiment(), tmp_path, retry=True)
+    environment = run.read_environment()
+    assert 2000 < environment["seconds_to_train"] <= environment["seconds"] < 3000
+    run_it(experiment(), tmp_path, overwrite=True)
+    assert run.read_environment()["seconds"] < 1000, "nothing of the run that was forgotten"
+
+
+def test_the_star_knows_the_best_epoch_before_the_cut(tmp_path: Path) -> None:
+    """A learning rate of nothing makes no epoch better than the first."""
+    config = experiment(optim={"lr": 1e-30})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        crash_after(2, patch)
         run_it(config, tmp_path)
+    shown = io.StringIO()
+    train(config, load_data(config.data, None), tmp_path, Console(file=shown, width=200), retry=True)
+    lines = [line for line in shown.getvalue().splitlines() if line.startswith("epoch")]
+    assert len(lines) == 2
+    assert not [line for line in lines if "*" in line]
 
 
 @pytest.mark.parametrize("name", ["popularity", "markov", "item_knn"])
