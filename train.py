@@ -2,7 +2,7 @@
 
 import typer
 
-from recsys.cli import train
+from recsys.cli.training import train
 
 if __name__ == "__main__":
     typer.run(train)

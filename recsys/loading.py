@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from recsys.errors import UserError
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -22,7 +24,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A config that cannot be used; the message names the keys and says what would do."""
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from recsys.errors import UserError
 from recsys.loading import ConfigError, parse_yaml
 
 COLUMNS = ["run", "arm", "name", "seed", "parameters", "seconds", "commit", "key", "value", "low", "high", "n"]
@@ -24,7 +25,7 @@ COLUMNS = ["run", "arm", "name", "seed", "parameters", "seconds", "commit", "key
 State = Literal["new", "partial", "done", "failed"]
 
 
-class RunError(Exception):
+class RunError(UserError):
     """A run directory that cannot be used as asked; the message says what would do."""
 
 

@@ -10,9 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "recsys"
 LAYERS = [
+    {"errors"},
     {"types", "loading"},
     {"data", "models", "losses", "negatives", "evaluation", "optim", "balance", "results"},
-    {"experiment", "probes", "scaling"},
+    {"probes", "scaling"},
+    {"experiment"},
     {"training"},
     {"sweeps", "report", "offpolicy"},
     {"cli", "__main__"},

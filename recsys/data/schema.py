@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
+from recsys.errors import UserError
+
 INTERACTIONS = pa.schema(
     [
         pa.field("user", pa.int32(), nullable=False),
@@ -40,7 +42,7 @@ SHOWN = 5
 """How many offending lines an error lists before it only counts."""
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data that cannot be used; the message names the place and says what to do. Shown without a traceback."""
 
 

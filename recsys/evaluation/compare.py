@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys.errors import UserError
 from recsys.evaluation.evaluate import EvalConfig
 from recsys.evaluation.inference import (
     Interval,
@@ -21,7 +22,7 @@ from recsys.evaluation.metrics import metric_key
 from recsys.evaluation.ranks import RanksInfo
 
 
-class IncomparableRuns(Exception):
+class IncomparableRuns(UserError):
     """Runs that did not rank the same targets among the same candidates; the message says what differs."""
 
 

@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from recsys.errors import UserError
 from recsys.evaluation.rank import RankInterval
 
 
-class UnknownMetric(Exception):
+class UnknownMetric(UserError):
     """A metric name that does not exist."""
 
 

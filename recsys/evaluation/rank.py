@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from recsys.errors import UserError
+
 Ties = Literal["average", "optimistic", "pessimistic"]
 """What a tie with the target means: the expectation over a random order of the tied, its best or its worst case."""
 
 
-class NonFiniteScores(Exception):
+class NonFiniteScores(UserError):
     """A model gave NaN or infinite scores: every rank rule turns them into a rank, and a comparison into a good one."""
 
 

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torchmetrics import Metric
 
+from recsys.errors import UserError
 from recsys.loading import Config
 from recsys.probes.measures import (
     Alignment,
@@ -31,7 +32,7 @@ from recsys.probes.record import UnitRecord, UnitSite
 from recsys.probes.table import Row, number
 
 
-class NonFiniteStates(Exception):
+class NonFiniteStates(UserError):
     """States that are NaN or infinite; the message names the unit."""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from recsys.errors import UserError
 from recsys.evaluation.inference import holm
 from recsys.scaling.ladder import Estimate, FTest, Ladder, f_test
 from recsys.scaling.laws import POWER_LAW, confidence, fit_law
@@ -24,11 +25,11 @@ MIN_DECADES = 1.0
 _SIGNIFICANT = 0.05
 
 
-class NoVerdict(ValueError):
+class NoVerdict(UserError):
     """Too few sizes, or too close together; the message says what is missing."""
 
 
-class Extrapolation(ValueError):
+class Extrapolation(UserError):
     """The answer lies outside the sizes that were run; the message says where it would have to be read off."""
 
 

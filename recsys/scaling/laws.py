@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from recsys.errors import UserError
 from recsys.scaling.projection import Projected, Range, Search, minimize, region
 
 
@@ -163,7 +164,7 @@ class Law:
         return self.form.columns(x, self.shape, self.reference) @ self.at_reference
 
 
-class TooFewPoints(ValueError):
+class TooFewPoints(UserError):
     """A law has at least as many parameters as there are points; the message says how many are needed."""
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from recsys.errors import UserError
 from recsys.loading import ConfigError
 from recsys.models import ModelConfig
 from recsys.scaling.count import Flops, Parameters, count_flops, count_model, full_batch
@@ -16,7 +17,7 @@ Control = Literal["wide_ffn", "deeper", "table_wider"]
 TOLERANCE = 0.005
 
 
-class NoMatch(ValueError):
+class NoMatch(UserError):
     """Nothing comes within the tolerance; the message names the two nearest."""
 
 

@@ -1,0 +1,24 @@
+"""The `recsys` command. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+import typer
+
+from recsys.cli import data, results, training
+
+app = typer.Typer(
+    help="Cross-domain sequential recommendation: train, evaluate and compare on honest ground.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    training.train,
+    training.tune,
+    training.evaluate,
+    training.recommend,
+    results.compare,
+    results.results,
+    results.replicate,
+):
+    app.command()(command)
+app.add_typer(data.app, name="data")
