@@ -13,7 +13,7 @@ from recsys.loading import Config
 from recsys.models.attention import CrossConfig, MultiHeadAttention, check_heads
 from recsys.models.embeddings import HistoryEmbedding, ItemEmbedding, check_length
 from recsys.models.encoders import causal_mask
-from recsys.models.exchange import check_cross, exchange, make_units, other_events
+from recsys.models.exchange import View, check_cross, exchange, look, make_units
 from recsys.models.initialization import STD
 from recsys.models.streams import Streams, cut_streams
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog
@@ -105,7 +105,7 @@ class ABXI(nn.Module):
         early, stack = (cast("Iterable[nn.ModuleList]", units) for units in (self.early, self.stack))
         crosses = bool(self.early or self.stack)
         streams = cut_streams(batch, self.num_domains, question_slots=crosses)
-        others = other_events(batch, streams) if crosses else []
+        view = look(batch, streams, self.early or self.stack)
 
         # Rows without padding, first those of x, then the slots of each domain: maps run once, on all of them.
         cells, slots = _where(batch.mask), _where(streams.real)
@@ -115,7 +115,7 @@ class ABXI(nn.Module):
         known = items != PAD_ID  # a question slot of a domain without events holds no item
         x, s = self.embedding(items, places, items, known).split(sizes)
         for units in early:
-            s = _exchange(units, s, slots, streams, others)
+            s = _exchange(units, s, slots, streams, view)
         e = torch.cat([x, s])
         attended = self.attention.output(self._attend(e, batch, cells, streams, slots)).masked_fill(~known[:, None], 0)
         x, s = self.attention_norm(e + self.dropout(attended)).split(sizes)
@@ -130,7 +130,7 @@ class ABXI(nn.Module):
         if self.stack:
             x, s = self._set_apart(x, s, streams.domain[slots])
             for units in stack:
-                s = _exchange(units, s, slots, streams, others)
+                s = _exchange(units, s, slots, streams, view)
             x, s = x[x_rows], s[s_rows]
         else:  # what no question reads is left out: in evaluation, most of a history
             x, s = self._set_apart(x[x_rows], s[s_rows], domain[has_slot])
@@ -275,11 +275,11 @@ def _exchange(
     states: Float[Tensor, "own d_model"],
     slots: Int[Tensor, " own"],
     streams: Streams,
-    others: list[Tensor],
+    view: View | None,
 ) -> Float[Tensor, "own d_model"]:
     """The exchange on states without padding."""
     blocks = streams.split(_spread(states, slots, len(streams.real)))
-    return torch.cat([block.flatten(0, 1) for block in exchange(units, blocks, streams, others)])[slots]
+    return torch.cat([block.flatten(0, 1) for block in exchange(units, blocks, streams, view)])[slots]
 
 
 def _where(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " rows"]:

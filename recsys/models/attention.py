@@ -147,20 +147,64 @@ _GATES: dict[GateKind, Callable[[int], nn.Module]] = {
 }
 
 
+Direction = Literal["free", "orthogonal", "parallel"]
+
+
+class Projection(nn.Module):
+    """The part of an update that a config lets through, token by token.
+
+    `orthogonal` to the stream (the orthogonal residual update of Oh et al., arXiv 2505.11881), along it (`parallel`),
+    or all of it (`free`). A stream that is zero has no direction: all of the update is orthogonal to it.
+    """
+
+    def __init__(self, direction: Direction) -> None:
+        super().__init__()
+        self.direction: Direction = direction
+
+    def forward(
+        self, query: Float[Tensor, "batch length d_model"], update: Float[Tensor, "batch length d_model"]
+    ) -> Float[Tensor, "batch length d_model"]:
+        if self.direction == "free":
+            return update
+        along = parallel_part(query, update)
+        return along if self.direction == "parallel" else update - along
+
+
+def parallel_part(
+    query: Float[Tensor, "*tokens d_model"], vector: Float[Tensor, "*tokens d_model"]
+) -> Float[Tensor, "*tokens d_model"]:
+    """The projection of each vector onto its query; zeros where the query is zero."""
+    energy = query.square().sum(-1, keepdim=True)
+    return (query * vector).sum(-1, keepdim=True) / torch.where(energy > 0, energy, 1.0) * query
+
+
+Context = Literal["others", "own", "shuffled"]
+
+
 class GatedCrossAttention(nn.Module):
     """One unit of exchange: X + g * X' with X' = CrossAttention(X, Y) and g = gate(X, X').
 
     Every quantity is the input or output of a module, so a hook from outside can see it and replace it: X enters
     `attention` (and this module), X' leaves `attention`, g leaves `gate`, the update that is added (g * X', after
-    dropout) passes through `update`, and the result leaves this module.
+    dropout) leaves `update`, and the result leaves this module.
     """
 
-    def __init__(self, d_model: int, num_heads: int, gate: GateKind, layer_norm: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        gate: GateKind,
+        layer_norm: bool,
+        dropout: float,
+        context: Context = "others",
+        update: Direction = "free",
+    ) -> None:
         super().__init__()
+        self.context: Context = context
         self.attention = CrossAttention(d_model, num_heads, layer_norm)
         self.gate = _GATES[gate](d_model)
         self.dropout = nn.Dropout(dropout)
-        self.update = nn.Identity()
+        self.update = Projection(update)
 
     def forward(
         self,
@@ -169,7 +213,7 @@ class GatedCrossAttention(nn.Module):
         mask: Bool[Tensor, "batch length context"],
     ) -> Float[Tensor, "batch length d_model"]:
         output = self.attention(query, context, mask)
-        return query + self.update(self.dropout(self.gate(query, output) * output))
+        return query + self.update(query, self.dropout(self.gate(query, output) * output))
 
 
 class CrossConfig(Config):
@@ -185,10 +229,21 @@ class CrossConfig(Config):
     """Units on the way of each domain; every domain has its own."""
     num_heads: Annotated[int, Field(ge=1)] = 2
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    context: Context = "others"
+    """What the units read: events of the other domains; or, as controls with the same parameters, `own` events (no
+    other domain is seen) or those of the other domains in another user's history (`shuffled`). See `look`."""
+    update: Direction = "free"
+    """The part of the update that is added: all of it, or only what is `orthogonal` or `parallel` to its stream."""
+    frozen: bool = False
+    """The cross-attentions keep the weights that they start with; their gates are trained."""
 
     def build(self, d_model: int) -> GatedCrossAttention:
         """One unit for one domain."""
-        return GatedCrossAttention(d_model, self.num_heads, self.gate, self.layer_norm, self.dropout)
+        unit = GatedCrossAttention(
+            d_model, self.num_heads, self.gate, self.layer_norm, self.dropout, self.context, self.update
+        )
+        unit.attention.requires_grad_(not self.frozen)
+        return unit
 
 
 def check_heads(d_model: int, num_heads: int, key: str = "num_heads") -> None:

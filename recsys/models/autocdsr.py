@@ -14,7 +14,7 @@ from recsys.loading import Config
 from recsys.models.attention import CrossConfig, check_heads
 from recsys.models.embeddings import HistoryEmbedding, check_length, event_positions
 from recsys.models.encoders import Activation, EncoderBlock, causal_mask
-from recsys.models.exchange import check_cross, exchange, make_units, other_events
+from recsys.models.exchange import View, check_cross, exchange, look, make_units
 from recsys.models.initialization import initialize
 from recsys.models.streams import Streams, cut_streams
 from recsys.types import Batch, Catalog, Objective
@@ -115,20 +115,20 @@ class AutoCDSR(nn.Module):
         real = batch.mask
         mask = causal_mask(real)
         early, blocks, stack = (cast("Iterable[nn.Module]", part) for part in (self.early, self.blocks, self.stack))
-        streams, others = None, []
+        streams, view = None, None
         if self.early or self.stack:
             streams = cut_streams(batch, self.num_domains, question_slots=False)
-            others = other_events(batch, streams)
+            view = look(batch, streams, self.early or self.stack)
 
         x = self.embedding(batch.items, event_positions(real), batch.domains, real)
         for units in early:
-            x = _exchange(units, x, streams, others)
+            x = _exchange(units, x, streams, view)
         inputs = []
         for block, units in zip_longest(blocks, stack):
             inputs.append(x)
             x = block(x, x, mask, real)
             if units is not None:
-                x = _exchange(units, x, streams, others)
+                x = _exchange(units, x, streams, view)
         return self.norm(x).masked_fill(~real[..., None], 0), inputs
 
     def _across(
@@ -146,10 +146,10 @@ class AutoCDSR(nn.Module):
 
 
 def _exchange(
-    units: nn.Module, x: Float[Tensor, "batch length d_model"], streams: Streams | None, others: list[Tensor]
+    units: nn.Module, x: Float[Tensor, "batch length d_model"], streams: Streams | None, view: View | None
 ) -> Float[Tensor, "batch length d_model"]:
     """The exchange on merged states, each in the stream of its event's domain."""
     assert streams is not None
     assert isinstance(units, nn.ModuleList)
     states = streams.split(x[streams.row, streams.position].masked_fill(~streams.real[:, None], 0))
-    return streams.gather(exchange(units, states, streams, others), streams.event_slot)
+    return streams.gather(exchange(units, states, streams, view), streams.event_slot)

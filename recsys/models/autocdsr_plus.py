@@ -13,7 +13,7 @@ from recsys.loading import Config
 from recsys.models.attention import CrossConfig, check_heads
 from recsys.models.embeddings import HistoryEmbedding, check_length
 from recsys.models.encoders import Activation, EncoderBlock
-from recsys.models.exchange import check_cross, exchange, make_units, other_events
+from recsys.models.exchange import check_cross, exchange, look, make_units
 from recsys.models.initialization import initialize
 from recsys.models.streams import Streams, cut_streams
 from recsys.types import Batch, Catalog, Objective
@@ -122,7 +122,7 @@ class AutoCDSRPlus(nn.Module):
         check_length(batch, self.max_len)
         streams = cut_streams(batch, self.num_domains)
         users, event = streams.users(), streams.split(streams.event)
-        others = other_events(batch, streams) if self.early or self.stack else []
+        view = look(batch, streams, self.early or self.stack)
         count = self.bottlenecks.num_embeddings
         masks = [self._mask(batch, streams, domain) for domain in range(self.num_domains)]
         at_tokens = batch.mask.repeat_interleave(count, dim=1)
@@ -138,7 +138,7 @@ class AutoCDSRPlus(nn.Module):
         tokens = self.bottlenecks.weight.repeat(batch.items.shape[1], 1).expand(len(batch.items), -1, -1)
         early, layers, stack = (cast("Iterable[nn.ModuleList]", part) for part in (self.early, self.layers, self.stack))
         for units in early:
-            states = exchange(units, states, streams, others)
+            states = exchange(units, states, streams, view)
         for blocks, units in zip_longest(layers, stack):
             read = torch.zeros_like(tokens)
             after = []
@@ -155,7 +155,7 @@ class AutoCDSRPlus(nn.Module):
                 after.append(x)
             states, tokens = after, read / readers
             if units is not None:
-                states = exchange(units, states, streams, others)
+                states = exchange(units, states, streams, view)
         return streams.gather([norm(x) for norm, x in zip(self.norms, states, strict=True)], streams.question_slot)
 
     def _mask(self, batch: Batch, streams: Streams, domain: int) -> Bool[Tensor, "rows length length"]:

@@ -16,7 +16,7 @@ from recsys.loading import Config
 from recsys.models.attention import CrossConfig, MultiHeadAttention, check_heads
 from recsys.models.embeddings import HistoryEmbedding, check_length
 from recsys.models.encoders import EncoderBlock, causal_mask
-from recsys.models.exchange import check_cross, exchange, make_units, other_events
+from recsys.models.exchange import check_cross, exchange, look, make_units
 from recsys.models.initialization import initialize
 from recsys.models.streams import cut_streams
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, Objective, TrainingEvents
@@ -230,21 +230,21 @@ class CDSRNP(nn.Module):
         check_length(batch, self.max_len)
         crosses = bool(self.early or self.stack)
         streams = cut_streams(batch, self.num_domains, question_slots=crosses)
-        others = other_events(batch, streams) if crosses else []
+        view = look(batch, streams, self.early or self.stack)
         real = streams.split(streams.real)
         own = [causal_mask(event) for event in streams.split(streams.event)]
 
         states = streams.split(self.embedding(streams.item, streams.count, streams.domain, streams.real))
         early, layers, stack = (cast("Iterable[nn.ModuleList]", part) for part in (self.early, self.layers, self.stack))
         for units in early:
-            states = exchange(units, states, streams, others)
+            states = exchange(units, states, streams, view)
         for blocks, units in zip_longest(layers, stack):
             states = [
                 block(x, x, mask, kept) if len(x) else x
                 for block, x, mask, kept in zip(blocks, states, own, real, strict=True)
             ]
             if units is not None:
-                states = exchange(units, states, streams, others)
+                states = exchange(units, states, streams, view)
         states = [norm(x) for norm, x in zip(self.norms, states, strict=True)]
 
         row, position = (batch.mask & (batch.target_domains != NO_DOMAIN)).nonzero(as_tuple=True)

@@ -13,7 +13,7 @@ from recsys.loading import Config
 from recsys.models.attention import CrossConfig, check_heads
 from recsys.models.embeddings import HistoryEmbedding, check_length
 from recsys.models.encoders import Activation, EncoderBlock, causal_mask
-from recsys.models.exchange import check_cross, exchange, make_units, other_events
+from recsys.models.exchange import check_cross, exchange, look, make_units
 from recsys.models.initialization import initialize
 from recsys.models.streams import cut_streams
 from recsys.types import Batch, Catalog
@@ -98,19 +98,19 @@ class CrossDomain(nn.Module):
         streams = cut_streams(batch, self.num_domains)
         real = streams.split(streams.real)
         own = [causal_mask(event) for event in streams.split(streams.event)]
-        others = other_events(batch, streams) if self.early or self.stack else []
+        view = look(batch, streams, self.early or self.stack)
 
         states = streams.split(self.embedding(streams.item, streams.count, streams.domain, streams.real))
         early, layers, stack = (cast("Iterable[nn.ModuleList]", part) for part in (self.early, self.layers, self.stack))
         for units in early:
-            states = exchange(units, states, streams, others)
+            states = exchange(units, states, streams, view)
         for blocks, units in zip_longest(layers, stack):
             states = [
                 block(x, x, mask, kept) if len(x) else x
                 for block, x, mask, kept in zip(blocks, states, own, real, strict=True)
             ]
             if units is not None:
-                states = exchange(units, states, streams, others)
+                states = exchange(units, states, streams, view)
         return streams.gather([norm(x) for norm, x in zip(self.norms, states, strict=True)], streams.question_slot)
 
     def item_embeddings(self) -> Float[Tensor, "items d_model"]:

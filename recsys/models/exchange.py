@@ -1,10 +1,12 @@
 """The exchange between the domains of a host: units of gated cross-attention, and what each may look at."""
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from recsys.models.attention import CrossConfig, check_heads
+from recsys.models.attention import Context, CrossConfig, GatedCrossAttention, check_heads
 from recsys.models.initialization import initialize
 from recsys.models.streams import Streams
 from recsys.types import Batch
@@ -42,32 +44,75 @@ def check_cross(cross: CrossConfig | None, d_model: int, num_layers: int) -> Non
         )
 
 
-def exchange(units: nn.ModuleList, states: list[Tensor], streams: Streams, others: list[Tensor]) -> list[Tensor]:
-    """Every domain's states after its unit, all from the states before.
+@dataclass(frozen=True)
+class View:
+    """What the states of every domain may look at."""
 
-    `states` hold one `rows length d_model` tensor per domain, as `Streams.split` gives them; the context of each is
-    the merged history, each event as the state of its own domain. `others` is what `other_events` gives.
+    rows: Int[Tensor, " batch"]
+    """Row of the batch whose history is read, for each row."""
+    masks: list[Tensor]
+    """Per domain `rows length context`: True where a state may attend to an event of that history."""
+
+
+def look(batch: Batch, streams: Streams, units: nn.ModuleList) -> View | None:
+    """The view that the units of an exchange ask for; None without units.
+
+    `others`: the events of the other domains in the user's own history, at or before the state in the history and no
+    later in time; the order of the history settles ties in time.
+
+    `own`: the events of the state's own domain under the same rule, the latest one included. Nothing crosses.
+
+    `shuffled`: the events of the other domains in the history of another user, no later in time than the state
+    (positions of two histories do not compare). It is the next row of the batch, from the last on to the first, that
+    belongs to another user, so nothing is drawn: in training the order of the rows changes with the epoch and follows
+    from the run's seed, in an evaluation it is that of the targets, and a value depends on how they are batched. A
+    batch of one user has nothing to read.
     """
-    merged = streams.gather(states, streams.event_slot)
-    return [
-        unit(x, merged[users], mask) if len(x) else x
-        for unit, x, users, mask in zip(units, states, streams.users(), others, strict=True)
-    ]
-
-
-def other_events(batch: Batch, streams: Streams) -> list[Bool[Tensor, "rows length context"]]:
-    """Per domain `rows length context`: True where a slot may attend to an event of the merged history.
-
-    Those of another domain, at or before the slot in the history, and no later in time. The order of the history
-    settles ties in time: what stands after the slot is not seen.
-    """
+    if not len(units):
+        return None
+    kind = context_of(units)
+    rows, there = context_rows(batch, kind)
+    mine = batch.domains[rows]
+    real = batch.mask[rows] & there[:, None]
     steps = torch.arange(batch.items.shape[1], device=batch.items.device)
     masks = []
     blocks = zip(streams.users(), streams.split(streams.position), streams.split(streams.real), strict=True)
-    for domain, (users, position, real) in enumerate(blocks):
-        times = batch.times[users]
-        now = times.gather(1, position)
-        other = (batch.mask & (batch.domains != domain))[users]
-        before = (steps <= position[..., None]) & (times[:, None, :] <= now[..., None])
-        masks.append(before & other[:, None, :] & real[..., None])
-    return masks
+    for domain, (users, position, asking) in enumerate(blocks):
+        chosen = real & ((mine == domain) if kind == "own" else (mine != domain))
+        now = batch.times[users].gather(1, position)
+        before = batch.times[rows][users][:, None, :] <= now[..., None]
+        if kind != "shuffled":
+            before &= steps <= position[..., None]
+        masks.append(before & chosen[users][:, None, :] & asking[..., None])
+    return View(rows, masks)
+
+
+def context_of(units: nn.ModuleList) -> Context:
+    """All units of an exchange read the same kind of context."""
+    [kind] = {module.context for module in units.modules() if isinstance(module, GatedCrossAttention)}
+    return kind
+
+
+def context_rows(batch: Batch, kind: Context) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """The row of the batch whose history each row reads, and whether there is one."""
+    own = torch.arange(len(batch.user), device=batch.user.device)
+    if kind != "shuffled":
+        return own, torch.ones_like(own, dtype=torch.bool)
+    steps = (own - own[:, None]) % max(len(own), 1)  # from a row (down) on to a row (across)
+    steps = steps.masked_fill(batch.user == batch.user[:, None], len(own))
+    nearest, rows = steps.min(dim=1) if len(own) else (own, own)
+    return rows, nearest < len(own)
+
+
+def exchange(units: nn.ModuleList, states: list[Tensor], streams: Streams, view: View | None) -> list[Tensor]:
+    """Every domain's states after its unit, all from the states before.
+
+    `states` hold one `rows length d_model` tensor per domain, as `Streams.split` gives them; the context of each is
+    a merged history, each event as the state of its own domain. `view` is what `look` gives.
+    """
+    assert view is not None, "an exchange has units"
+    merged = streams.gather(states, streams.event_slot)
+    return [
+        unit(x, merged[view.rows[users]], mask) if len(x) else x
+        for unit, x, users, mask in zip(units, states, streams.users(), view.masks, strict=True)
+    ]

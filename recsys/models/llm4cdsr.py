@@ -15,7 +15,7 @@ from recsys.loading import Config
 from recsys.models.attention import CrossConfig, check_heads
 from recsys.models.embeddings import check_length, event_positions
 from recsys.models.encoders import EncoderBlock, causal_mask
-from recsys.models.exchange import check_cross, exchange, make_units, other_events
+from recsys.models.exchange import check_cross, exchange, look, make_units
 from recsys.models.initialization import initialize
 from recsys.models.streams import cut_streams
 from recsys.types import Batch, Catalog, Objective, TrainingEvents
@@ -208,7 +208,7 @@ class LLM4CDSR(nn.Module):
         """The state of the domain that each position asks for."""
         crosses = bool(self.early or self.stack)
         streams = cut_streams(batch, self.num_domains, question_slots=crosses)
-        others = other_events(batch, streams) if crosses else []
+        view = look(batch, streams, self.early or self.stack)
         real = streams.split(streams.real)
         masks = [causal_mask(event) for event in streams.split(streams.event)]
 
@@ -216,14 +216,14 @@ class LLM4CDSR(nn.Module):
         states = [self._start(self.local[item], table(count), kept) for table, item, count, kept in parts]
         early, layers, stack = (cast("Iterable[nn.ModuleList]", p) for p in (self.early, self.own_layers, self.stack))
         for units in early:
-            states = exchange(units, states, streams, others)
+            states = exchange(units, states, streams, view)
         for blocks, units in zip_longest(layers, stack):
             states = [
                 block(x, x, mask, kept) if len(x) else x
                 for block, x, mask, kept in zip(blocks, states, masks, real, strict=True)
             ]
             if units is not None:
-                states = exchange(units, states, streams, others)
+                states = exchange(units, states, streams, view)
         return streams.gather([norm(x) for norm, x in zip(self.own_norms, states, strict=True)], streams.question_slot)
 
     def _start(

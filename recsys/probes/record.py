@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from recsys.models.attention import GatedCrossAttention, MultiHeadAttention
+from recsys.models.exchange import context_rows
 from recsys.models.streams import Streams, cut_streams
 from recsys.types import Batch
 
@@ -47,7 +48,7 @@ class UnitRecord:
     """One pass through one unit: the states of the domain that asks (queries) and what they read (context).
 
     A row of queries is a user of the batch who has a state in the domain, left padded to the longest of them; the
-    context is that user's merged history. Nothing is detached.
+    context is that user's merged history, or the one that the unit reads instead. Nothing is detached.
     """
 
     name: str
@@ -232,7 +233,7 @@ class Recorder:
                 raise ValueError(
                     f"{site.name} was asked for {tuple(mask.shape)} queries and keys (users, states, events), but the "
                     f"batch has {expected} of domain {site.domain}: a probe can only tell which user asks where units "
-                    "get their states from `cut_streams` and their masks from `other_events`"
+                    "get their states from `cut_streams` and their masks from `look`"
                 )
             row = streams.users()[site.domain]
             asked = torch.zeros(len(streams.real) + 1, dtype=torch.bool, device=mask.device)
@@ -245,7 +246,7 @@ class Recorder:
                 real=streams.split(streams.real)[site.domain],
                 asked=streams.split(asked[:-1])[site.domain],
                 mask=mask,
-                context_domain=batch.domains[row],
+                context_domain=batch.domains[context_rows(batch, site.module.context)[0][row]],
                 query=query,
                 context=context,
                 result=output,

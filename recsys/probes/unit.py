@@ -113,7 +113,8 @@ class UnitProbe:
         self.d_model = unit.module.attention.heads.output.out_features
         self.num_heads = unit.module.attention.heads.num_heads
         asking = domain_names[unit.domain]
-        others = [index for index in range(len(domain_names)) if index != unit.domain]
+        own = unit.module.context == "own"
+        others = [index for index in range(len(domain_names)) if (index == unit.domain) == own]
         self.sources = others if len(others) > 1 else []
         """Domains whose parts in the output are told apart."""
         self.direction = f"{'*' if self.sources else domain_names[others[0]]}->{asking}"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import recsys.models
-from recsys.models.exchange import other_events
+from recsys.models.exchange import look
 from recsys.models.streams import cut_streams
 from recsys.probes import find_units, record
 from recsys.types import NO_DOMAIN
@@ -50,7 +50,7 @@ def test_sites_hold_together(cross, make_model, make_batch):
 def test_rows_are_told_apart(make_model, make_batch):
     model, batch = make_model(), make_batch(6, first_user=40)
     streams = cut_streams(batch, 2)
-    masks = other_events(batch, streams)
+    masks = look(batch, streams, model.early).masks
     with record(model) as recorder, torch.no_grad():
         model(batch)
         for domain in (0, 1):
