@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recsys.loading import Config
 from recsys.models.attention import CrossConfig, MultiHeadAttention, check_heads
+from recsys.models.dropout import Dropout
 from recsys.models.embeddings import HistoryEmbedding, ItemEmbedding, check_length
 from recsys.models.encoders import causal_mask
 from recsys.models.exchange import View, check_cross, exchange, look, make_units
@@ -96,7 +97,7 @@ class ABXI(nn.Module):
         self.invariant_norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(num_domains))
         self.own = nn.ModuleList(SwiGLU(d_model, d_ff) for _ in range(num_domains))
         self.own_norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(num_domains))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         _initialize_as_published(self, generator)
         self.early, self.stack = make_units(config.cross, num_domains, d_model, generator)
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.loading import Config
+from recsys.models.dropout import Dropout
 
 
 class MultiHeadAttention(nn.Module):
@@ -203,7 +204,7 @@ class GatedCrossAttention(nn.Module):
         self.context: Context = context
         self.attention = CrossAttention(d_model, num_heads, layer_norm)
         self.gate = _GATES[gate](d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.update = Projection(update)
 
     def forward(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recsys.loading import Config
 from recsys.models.attention import CrossConfig, check_heads
+from recsys.models.dropout import Dropout
 from recsys.models.embeddings import ItemEmbedding, check_length, event_positions
 from recsys.models.encoders import EncoderBlock, causal_mask
 from recsys.models.exchange import check_cross, exchange, look, make_units
@@ -103,7 +104,7 @@ class C2DSR(nn.Module):
         self.own_embedding = GraphEmbedding(catalog.num_items, d_model, config.graph_layers)
         self.positions = nn.Embedding(max_len, d_model)
         self.own_positions = nn.ModuleList(nn.Embedding(max_len + 1, d_model) for _ in range(num_domains))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
         def block() -> EncoderBlock:
             return EncoderBlock(

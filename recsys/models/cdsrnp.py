@@ -14,6 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 from recsys.loading import Config
 from recsys.models.attention import CrossConfig, MultiHeadAttention, check_heads
+from recsys.models.dropout import Dropout
 from recsys.models.embeddings import HistoryEmbedding, check_length
 from recsys.models.encoders import EncoderBlock, causal_mask
 from recsys.models.exchange import check_cross, exchange, look, make_units
@@ -139,7 +140,7 @@ class CDSRNP(nn.Module):
         self.attention = MultiHeadAttention(d_model, config.num_heads)
         self.gate = nn.Linear(3 * d_model, d_model)
         self.answer = _feed_forward(3 * d_model, config.d_ff, d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         initialize(self, generator)
         self.early, self.stack = make_units(config.cross, num_domains, d_model, generator)
 

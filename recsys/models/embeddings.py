@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from recsys.models.dropout import Dropout
 from recsys.types import NO_DOMAIN, PAD_ID, Batch
 
 
@@ -41,7 +42,7 @@ class HistoryEmbedding(nn.Module):
         self.items = ItemEmbedding(num_items, d_model)
         self.positions = None if num_positions is None else nn.Embedding(num_positions, d_model)
         self.domains = None if num_domains is None else nn.Embedding(num_domains, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

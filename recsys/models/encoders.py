@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from recsys.models.attention import MultiHeadAttention
+from recsys.models.dropout import Dropout
 
 Activation = Literal["gelu", "relu"]
 
@@ -31,7 +32,7 @@ class EncoderBlock(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(d_model, d_ff), _ACTIVATIONS[activation](), nn.Linear(d_ff, d_model)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

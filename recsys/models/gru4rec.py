@@ -8,6 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys.loading import Config
+from recsys.models.dropout import Dropout
 from recsys.models.embeddings import HistoryEmbedding, asked_vectors, check_length
 from recsys.models.initialization import initialize
 from recsys.types import Batch, Catalog
@@ -72,7 +73,7 @@ class GRU4Rec(nn.Module):
         )
         between = config.dropout_hidden if config.num_layers > 1 else 0.0  # torch warns of what one layer leaves unused
         self.recurrence = nn.GRU(d_model, d_model, config.num_layers, batch_first=True, dropout=between)
-        self.dropout = nn.Dropout(config.dropout_hidden)
+        self.dropout = Dropout(config.dropout_hidden)
         asks = config.target_query == "domain"
         self.question = nn.Embedding(num_domains, d_model) if asks else None
         self.feed_forward = nn.Linear(d_model, d_model) if asks else None

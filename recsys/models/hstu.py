@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recsys.loading import Config
 from recsys.models.attention import check_heads
+from recsys.models.dropout import Dropout
 from recsys.models.embeddings import HistoryEmbedding, asked_vectors, check_length
 from recsys.models.encoders import causal_mask
 from recsys.models.initialization import initialize
@@ -128,7 +129,7 @@ class HSTUBlock(nn.Module):
         self.time_bias = nn.Embedding(NUM_BUCKETS, 1)
         self.attended_norm = nn.LayerNorm(d_model)
         self.output = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

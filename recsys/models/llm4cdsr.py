@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recsys.loading import Config
 from recsys.models.attention import CrossConfig, check_heads
+from recsys.models.dropout import Dropout
 from recsys.models.embeddings import check_length, event_positions
 from recsys.models.encoders import EncoderBlock, causal_mask
 from recsys.models.exchange import check_cross, exchange, look, make_units
@@ -119,7 +120,7 @@ class LLM4CDSR(nn.Module):
         self.profile_adapter = Adapter(config.d_text, d_model)
         self.positions = nn.Embedding(max_len, d_model)
         self.own_positions = nn.ModuleList(nn.Embedding(max_len + 1, d_model) for _ in range(num_domains))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
         def block() -> EncoderBlock:
             return EncoderBlock(
