@@ -97,6 +97,16 @@ class TrainerConfig(Config):
         return self
 
 
+class TrajectoryConfig(Config):
+    """When the exchange is measured in training, on the validation targets: before the first step, at these times, and
+    at the checkpoint that validation picks. Nothing is drawn from what training draws from."""
+
+    every: int | None = Field(1, ge=1)
+    """Epochs between measurements; null leaves out the epochs."""
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Further optimizer steps after which to measure, as at the start of training, where most changes."""
+
+
 class Experiment(Config):
     """One run. `cross: null` against `cross: {...}` in the model is the one key between baseline and treatment."""
 
@@ -111,9 +121,14 @@ class Experiment(Config):
     """null for a loss over whole catalogues."""
     balance: ParetoConfig | None = None
     """How the loss is weighed against a model's further terms; null adds them with the weights the model gives them."""
+    alignment_penalty: float | None = Field(None, allow_inf_nan=False)
+    """Adds this times mean cos² between the query and the output of every cross-attention to the loss: above 0 it
+    presses them towards orthogonality, below 0 towards one line. null adds nothing."""
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
     eval: EvalConfig = EvalConfig()
+    probes: TrajectoryConfig | None = None
+    """Measure the exchange while it is trained (`probes.parquet`); null does not."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Experiment":
@@ -125,6 +140,11 @@ class Experiment(Config):
             raise ValueError(f"loss: this key is missing; the model {self.model.name!r} is trained by a loss")
         if self.counts and self.balance is not None:
             raise ValueError(f"balance: the model {self.model.name!r} counts and has no loss; set the key to null")
+        if self.alignment_penalty is not None and getattr(self.model, "cross", None) is None:
+            raise ValueError(
+                f"alignment_penalty: this {self.model.name!r} has no exchange to press on; "
+                "give it a `cross` or set the key to null"
+            )
         needs = self.loss is not None and self.loss.needs_negatives
         if needs and self.negatives is None:
             assert self.loss is not None

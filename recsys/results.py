@@ -131,6 +131,15 @@ class RunDirectory:
         return self.path / "curve.png"
 
     @property
+    def probes(self) -> Path:
+        """What was measured of the exchange, as `recsys.probes.PROBES_SCHEMA`; only where that was asked for."""
+        return self.path / "probes.parquet"
+
+    @property
+    def interventions(self) -> Path:
+        return self.path / "interventions.parquet"
+
+    @property
     def done(self) -> Path:
         return self.path / "DONE"
 
@@ -148,7 +157,8 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Forget the run. Only the files of a run are removed, whatever else lies in the directory stays."""
-        for path in (self.done, self.failed, self.final, self.ranks, self.best, self.last, self.log, self.curve):
+        outcomes = (self.final, self.ranks, self.log, self.curve, self.probes, self.interventions)
+        for path in (self.done, self.failed, *outcomes, self.best, self.last):
             path.unlink(missing_ok=True)
 
     def failure(self) -> str:
@@ -179,6 +189,15 @@ class RunDirectory:
             return pq.read_table(self.ranks)
         except (OSError, pa.ArrowInvalid) as error:
             raise self._damaged(self.ranks, error) from None
+
+    def read_probes(self) -> pa.Table:
+        """Rows as `recsys.probes.PROBES_SCHEMA`. Raises RunError where the run was not probed or it is damaged."""
+        if not self.probes.exists():
+            raise RunError(f"{self.path} has no probes.parquet; `recsys probe {self.path}` makes it")
+        try:
+            return pq.read_table(self.probes)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise RunError(f"{self.probes} cannot be read ({error}); remove it and probe the run again") from None
 
     def _read(self, path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         try:

@@ -2,7 +2,7 @@
 
 import typer
 
-from recsys.cli import data, results, training
+from recsys.cli import data, probes, results, training
 
 app = typer.Typer(
     help="Cross-domain sequential recommendation: train, evaluate and compare on honest ground.",
@@ -19,6 +19,7 @@ for command in (
     results.compare,
     results.results,
     results.replicate,
+    probes.probe,
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")

@@ -17,6 +17,7 @@ from recsys.evaluation.ranks import Seen
 from recsys.evaluation.running import RankingMetrics
 from recsys.models.embeddings import ItemEmbedding
 from recsys.optim import OptimConfig
+from recsys.probes.penalty import alignment
 from recsys.results import RunError
 from recsys.types import Batch, Catalog, HasObjective, NegativeSampler, Objective, Recommender
 
@@ -42,9 +43,11 @@ class SequentialModule(pl.LightningModule):
         seed: int,
         config: str,
         balance: Pareto | None = None,
+        alignment_penalty: float | None = None,
     ) -> None:
         """`config` goes into every checkpoint, to tell which experiment it belongs to. `balance` weighs the loss
-        against the model's further terms; None adds them as they are.
+        against the model's further terms; None adds them as they are. `alignment_penalty` weighs mean cos² between
+        query and output of the cross-attentions, which no balance touches; None adds nothing.
         """
         super().__init__()
         self.model = model
@@ -58,6 +61,7 @@ class SequentialModule(pl.LightningModule):
         self.seed = seed
         self.config = config
         self.balance = balance
+        self.alignment_penalty = alignment_penalty
         self.generator = torch.Generator(catalog.item_domain.device)
 
     @property
@@ -80,7 +84,13 @@ class SequentialModule(pl.LightningModule):
             self.negatives.generator.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        objective = self._objective(batch)
+        aligned = None
+        if self.alignment_penalty is None:
+            objective = self._objective(batch)
+        else:
+            with alignment(self.model) as mean_cos2:
+                objective = self._objective(batch)
+                aligned = mean_cos2()
         table = self.recommender.item_embeddings()
         answers = [
             weight * self.loss(hidden, table, objective.batch, self.negatives) for weight, hidden in objective.answers
@@ -91,6 +101,10 @@ class SequentialModule(pl.LightningModule):
         if self.balance is not None:
             loss, weights = self._balanced(torch.stack(answers).sum(), objective.terms)
             values |= weights
+        if aligned is not None:
+            assert self.alignment_penalty is not None
+            loss = loss + self.alignment_penalty * aligned
+            values["train/alignment"] = aligned
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch.user))
         return loss
 

@@ -37,6 +37,7 @@ from recsys.training.checkpoint import AtomicCheckpoints, read_checkpoint, write
 from recsys.training.curve import draw_curve
 from recsys.training.environment import describe_environment
 from recsys.training.module import SequentialModule, require_metric
+from recsys.training.trajectory import BEST, Trajectory
 from recsys.types import NegativeSampler, Recommender, Scorer
 
 
@@ -120,15 +121,20 @@ def open_run(path: Path, data_root: Path | None) -> tuple[RunDirectory, Experime
             f"{path} was made on other data: fingerprint {expected[:12]}, here it is {data.fingerprint[:12]}"
         )
     model = build_model(experiment, data)
-    load_weights(model, run.best, experiment)
+    load_weights(model, run)
     return run, experiment, data, model
 
 
-def load_weights(model: nn.Module, checkpoint: Path, experiment: Experiment) -> None:
-    """The weights of a checkpoint, safely. Raises RunError where it is missing, damaged, or of another config."""
+def load_weights(model: nn.Module, run: RunDirectory) -> None:
+    """The weights of a run's best checkpoint, safely. Raises RunError where it is missing, damaged, or of another
+    config than the one that lies beside it.
+
+    The config is compared as it was written: a run keeps its checkpoint when later versions have further keys.
+    """
+    checkpoint = run.best
     content = read_checkpoint(checkpoint)
     weights, config = content["state_dict"], content["config"]
-    if config != fingerprint(experiment.yaml()):
+    if config != fingerprint(run.config.read_text(encoding="utf-8")):
         raise RunError(f"{checkpoint} belongs to another config than the config.yaml beside it; train with --overwrite")
     prefix = "model."
     model.load_state_dict({key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)})
@@ -314,6 +320,7 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
         seed=experiment.seed,
         config=fingerprint(experiment.yaml()),
         balance=None if experiment.balance is None else experiment.balance.build(),
+        alignment_penalty=experiment.alignment_penalty,
     )
     batches = TrainBatches(
         data.sequences,
@@ -338,6 +345,12 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
         dirpath=run.path, filename=run.last.stem, save_on_train_epoch_end=True, enable_version_counter=False
     )
     callbacks: list[Callback] = [EpochLog(run.log), EpochProgress(console, config.monitor)]
+    trajectory = None
+    if experiment.probes is not None:
+        validation = eval_batches(experiment, data, experiment.eval, "validation", device)
+        trajectory = Trajectory(experiment.probes, run.probes, validation, data.catalog.domain_names)
+        trajectory.begin(parts.model.to(device))
+        callbacks.append(trajectory)
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, mode="max", patience=config.patience))
     with _quiet_lightning():
@@ -369,9 +382,11 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
                 )
             except SystemExit:  # which Lightning makes of an interrupt
                 raise KeyboardInterrupt from None
-    load_weights(parts.model, run.best, experiment)
+    load_weights(parts.model, run)
     log = run.read_log()
     chosen = max((record for record in log if config.monitor in record), key=lambda record: record[config.monitor])
+    if trajectory is not None:
+        trajectory.measure(parts.model.to(device), BEST, chosen["step"], chosen["epoch"])
     return {
         "metric": config.monitor,
         "value": chosen[config.monitor],
