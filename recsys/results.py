@@ -29,6 +29,10 @@ class RunError(UserError):
     """A run directory that cannot be used as asked; the message says what would do."""
 
 
+class RunHeld(RunError):
+    """Another process is working in the run directory."""
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and is removed when it does not."""
@@ -85,13 +89,13 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Makes the directory and keeps other processes from working in it. Raises RunError where one does."""
+        """Makes the directory and keeps other processes from working in it. Raises RunHeld where one does."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
-            raise RunError(f"another process is working on {self.path}; wait for it or stop it") from None
+            raise RunHeld(f"another process is working on {self.path}; wait for it or stop it") from None
         try:
             yield
         finally:

@@ -9,12 +9,15 @@ import torch
 from recsys.experiment import Experiment
 from recsys.loading import load_yaml
 from recsys.models import count_parameters
+from recsys.sweeps.plan import load_sweep
 from recsys.sweeps.tune import load_space, with_values
 from recsys.types import NO_DOMAIN, Catalog
 
 ROOT = Path(__file__).parents[1]
 SPACES = sorted((ROOT / "configs" / "tune").glob("*.yaml"))
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(SPACES))
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+OFFPOLICY = sorted((ROOT / "configs" / "offpolicy").glob("*.yaml"))  # no experiments, and tested beside their part
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(SPACES) - set(SWEEPS) - set(OFFPOLICY))
 
 
 def test_there_are_configs() -> None:
@@ -57,6 +60,19 @@ def test_search_space(path: Path) -> None:
     for key, dimension in load_space(path, experiment).items():
         for value in dimension.choices or (dimension.low, dimension.high):
             with_values(experiment, {key: value})
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweep(path: Path) -> None:
+    """It says what it is for, and its arms and sizes set keys that there are."""
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for key in ("Purpose:", "Command:", "Expect:", "Time:"):
+        assert any(line.startswith(f"# {key}") for line in header), f"the header lacks `# {key} …`"
+    assert f"recsys sweep {path.relative_to(ROOT)}" in "".join(header)
+    config, base = load_sweep(path, [])
+    for size in config.sizes.values():
+        for arm in config.arms.values():
+            with_values(base, arm.set | size)
 
 
 def test_baseline_and_treatment_have_one_search_space() -> None:

@@ -2,7 +2,7 @@
 
 import typer
 
-from recsys.cli import data, probes, results, training
+from recsys.cli import data, probes, results, scaling, training
 
 app = typer.Typer(
     help="Cross-domain sequential recommendation: train, evaluate and compare on honest ground.",
@@ -20,6 +20,9 @@ for command in (
     results.results,
     results.replicate,
     probes.probe,
+    scaling.sweep,
+    scaling.match,
+    scaling.laws,
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")

@@ -5,6 +5,7 @@ from torch import nn
 from recsys.models.abxi import LowRank, SwiGLU
 from recsys.models.attention import CrossAttention, ElementwiseGate, MultiHeadAttention, ScalarGate
 from recsys.models.c2dsr import Discriminator
+from recsys.models.cross_domain import WidthMap
 from recsys.models.embeddings import ItemEmbedding
 from recsys.models.encoders import EncoderBlock
 from recsys.models.hstu import HSTUBlock
@@ -21,6 +22,7 @@ _GROUPS: dict[type[nn.Module], str] = {
     LowRank: "encoder",
     Adapter: "encoder",
     ProfileAttention: "encoder",
+    WidthMap: "encoder",
     CrossAttention: "cross_attention",
     ElementwiseGate: "gate",
     ScalarGate: "gate",

@@ -22,6 +22,9 @@ from recsys.types import Batch, Catalog
 class CrossDomainConfig(Config):
     name: Literal["cross_domain"] = "cross_domain"
     d_model: Annotated[int, Field(ge=1)] = 64
+    d_item: Annotated[int, Field(ge=1)] | None = None
+    """Width of the item vectors (and of all that is added to them), mapped to d_model and back for the scores, so that
+    the states can widen while the item table stays; null: as wide as the states."""
     d_ff: Annotated[int, Field(ge=1)] = 256
     num_layers: Annotated[int, Field(ge=1)] = 2
     """Encoder blocks per domain."""
@@ -41,6 +44,14 @@ class CrossDomainConfig(Config):
 
     def build(self, catalog: Catalog, max_len: int, generator: torch.Generator | None = None) -> "CrossDomain":
         return CrossDomain(self, catalog.num_items, catalog.num_domains, max_len, generator)
+
+
+class WidthMap(nn.Linear):
+    """A linear map without bias, so that zeros stay zeros, which starts by keeping the scale of what it maps."""
+
+    def __init__(self, d_in: int, d_out: int, generator: torch.Generator | None) -> None:
+        super().__init__(d_in, d_out, bias=False)
+        nn.init.normal_(self.weight, std=d_in**-0.5, generator=generator)
 
 
 class CrossDomain(nn.Module):
@@ -67,11 +78,12 @@ class CrossDomain(nn.Module):
         super().__init__()
         self.max_len = max_len
         self.num_domains = num_domains
+        width = config.d_item or config.d_model
         self.embedding = HistoryEmbedding(
             num_items=num_items,
             num_positions=max_len + 1,
             num_domains=num_domains,
-            d_model=config.d_model,
+            d_model=width,
             dropout=config.dropout,
         )
         self.layers = nn.ModuleList(
@@ -90,6 +102,9 @@ class CrossDomain(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(config.d_model) for _ in range(num_domains))
         initialize(self, generator)
+        mapped = config.d_item is not None
+        self.widen = WidthMap(width, config.d_model, generator) if mapped else nn.Identity()
+        self.narrow = WidthMap(config.d_model, width, generator) if mapped else nn.Identity()
 
         self.early, self.stack = make_units(config.cross, num_domains, config.d_model, generator)
 
@@ -100,7 +115,8 @@ class CrossDomain(nn.Module):
         own = [causal_mask(event) for event in streams.split(streams.event)]
         view = look(batch, streams, self.early or self.stack)
 
-        states = streams.split(self.embedding(streams.item, streams.count, streams.domain, streams.real))
+        embedded = self.embedding(streams.item, streams.count, streams.domain, streams.real)
+        states = streams.split(self.widen(embedded))
         early, layers, stack = (cast("Iterable[nn.ModuleList]", part) for part in (self.early, self.layers, self.stack))
         for units in early:
             states = exchange(units, states, streams, view)
@@ -111,7 +127,8 @@ class CrossDomain(nn.Module):
             ]
             if units is not None:
                 states = exchange(units, states, streams, view)
-        return streams.gather([norm(x) for norm, x in zip(self.norms, states, strict=True)], streams.question_slot)
+        normed = [norm(x) for norm, x in zip(self.norms, states, strict=True)]
+        return self.narrow(streams.gather(normed, streams.question_slot))
 
     def item_embeddings(self) -> Float[Tensor, "items d_model"]:
         return self.embedding.items.weight

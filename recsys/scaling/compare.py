@@ -284,12 +284,14 @@ def hold_out_largest(arm: Arm) -> HoldOut:
     )
 
 
-def conclusion(comparisons: Sequence[LawComparison]) -> list[str]:
+def conclusion(comparisons: Sequence[LawComparison], adjusted: Sequence[float] | None = None) -> list[str]:
     """One sentence per axis, and one that names the axes on which the challenger needs less.
 
-    The p-values are adjusted over all the comparisons of the call, those on other axes and on other datasets.
+    The p-values are adjusted over all the comparisons of the call; or they are `adjusted`, where these are some of
+    more (on other datasets).
     """
-    adjusted = holm([comparison.ratio_test.p for comparison in comparisons])
+    if adjusted is None:
+        adjusted = holm([comparison.ratio_test.p for comparison in comparisons])
     lines = [_sentence(comparison, p) for comparison, p in zip(comparisons, adjusted, strict=True)]
     better: list[str] = []
     other: list[str] = []

@@ -1,9 +1,9 @@
 """Baselines of a treatment's size. "Parameter-matched" is not one thing: each control rules out another explanation."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Literal, get_args
 
 from recsys.errors import UserError
 from recsys.loading import ConfigError
@@ -12,7 +12,8 @@ from recsys.scaling.count import Flops, Parameters, count_flops, count_model, fu
 from recsys.types import Catalog
 
 Basis = Literal["dense", "total", "active", "flops"]
-Control = Literal["wide_ffn", "deeper", "table_wider"]
+Control = Literal["wide_ffn", "deeper", "wider", "self_attention", "shuffled_context", "table_wider"]
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 TOLERANCE = 0.005
 
@@ -62,13 +63,19 @@ def match(
 
     The baseline is the treatment without its exchange unless another is given, such as another model, or the treatment
     itself where it is to be shrunk. `wide_ffn` changes d_ff; `deeper` adds blocks and then sets d_ff, upwards or
-    downwards; `table_wider` widens d_model and all that hangs on it, most of it the item table, as papers have done:
-    match it on `total`.
+    downwards; `wider` widens d_model behind a projection, the item table kept as it is; `table_wider` widens d_model
+    and all that hangs on it, most of it the item table, as papers have done: match it on `total`.
+
+    `self_attention` and `shuffled_context` are the treatment itself, reading a user's own domain or another user's
+    history: equal in everything but what can be learnt from it. They take no baseline.
 
     Match on `dense` first: where the item table is most of a model, two models of one total can differ twofold in
     everything else. Raises NoMatch, with the two nearest; ConfigError where a model lacks the key to be changed.
     """
-    start = baseline if baseline is not None else _without_exchange(treatment)
+    if baseline is not None and control in CONTEXT_CONTROLS:
+        raise ConfigError(f"{control} is the treatment itself with another context; it takes no baseline")
+    if baseline is None:
+        baseline = treatment if control in CONTEXT_CONTROLS else _without_exchange(treatment)
     batch = full_batch(catalog, max_len)
 
     @cache
@@ -80,14 +87,16 @@ def match(
     def cost(config: ModelConfig) -> Cost:
         return Cost(count_model(config, catalog, max_len), count_flops(config, catalog, batch))
 
-    search = _Search(start, measure(treatment), tolerance, measure)
+    search = _Search(baseline, measure(treatment), tolerance, measure)
     found = [(abs(search.gap(config)), config) for config in _CONTROLS[control](search)]
     found.sort(key=lambda pair: pair[0])
     within = [config for gap, config in found if gap <= tolerance]
     if not within:
-        nearest = "; ".join(f"{_changes(start, config)} is off by {search.gap(config):+.2%}" for _, config in found[:2])
+        nearest = "; ".join(
+            f"{_changes(baseline, config)} is off by {search.gap(config):+.2%}" for _, config in found[:2]
+        )
         raise NoMatch(
-            f"{control} cannot bring {start.name} to {search.goal:,} ({basis}) within {tolerance:.2%}: "
+            f"{control} cannot bring {baseline.name} to {search.goal:,} ({basis}) within {tolerance:.2%}: "
             f"{nearest or 'it is larger as it is'}; try another control or a larger tolerance"
         )
     aim = cost(treatment)
@@ -118,6 +127,12 @@ def _deeper(search: _Search) -> Iterator[ModelConfig]:
         layers += 1
 
 
+def _wider(search: _Search) -> Iterator[ModelConfig]:
+    """As `table_wider`, with the item vectors as wide as they were."""
+    fixed = _with(search.start, d_item=_value(search.start, "d_model"))
+    yield from _table_wider(replace(search, start=fixed))
+
+
 def _table_wider(search: _Search) -> Iterator[ModelConfig]:
     """The last width below the goal and the first above it; d_ff stays unless neither of them will do."""
     step = _value(search.start, "num_heads")
@@ -142,9 +157,22 @@ def _table_wider(search: _Search) -> Iterator[ModelConfig]:
             yield from _set_d_ff(search, config)
 
 
+CONTEXT_CONTROLS: dict[Control, str] = {"self_attention": "own", "shuffled_context": "shuffled"}
+"""Controls that are the treatment reading something else, and what."""
+
+
+def _reading(context: str, search: _Search) -> Iterator[ModelConfig]:
+    cross = getattr(search.start, "cross", None)
+    if cross is None:
+        raise ConfigError(f"the model {search.start.name!r} has no exchange that could read something else")
+    yield _replaced(search.start, {"cross": {**cross.model_dump(), "context": context}})
+
+
 _CONTROLS: dict[Control, Callable[[_Search], Iterator[ModelConfig]]] = {
     "wide_ffn": _wide_ffn,
     "deeper": _deeper,
+    "wider": _wider,
+    **{control: partial(_reading, context) for control, context in CONTEXT_CONTROLS.items()},
     "table_wider": _table_wider,
 }
 
@@ -170,7 +198,7 @@ def _with(config: ModelConfig, **changes: int) -> ModelConfig:
     return _replaced(config, changes)
 
 
-def _replaced(config: ModelConfig, changes: dict[str, int] | dict[str, None]) -> ModelConfig:
+def _replaced(config: ModelConfig, changes: Mapping[str, object]) -> ModelConfig:
     """A validated copy; pydantic's own copy checks nothing."""
     return type(config).model_validate({**config.model_dump(), **changes})
 

@@ -1,0 +1,120 @@
+"""How fast a model trains here and how much memory a step takes, from a few steps on its own data."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from json import loads
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from recsys.data.batches import TrainBatches
+from recsys.evaluation import rank_full
+from recsys.experiment import Data, Experiment, build_model
+from recsys.training.run import choose_device, eval_batches, make_scorer
+from recsys.types import HasObjective, Objective, Recommender
+
+_STEPS = 3
+"""That are timed, after one that is not."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    seconds_per_step: float
+    """Forward, backward and optimizer, the median of a few steps."""
+    examples_per_second: float
+    peak_bytes: int | None
+    """Most memory that tensors held at once during a step, weights and optimizer included; None where not asked."""
+    seconds_per_epoch: float
+    """With a validation, as often as the experiment asks for one."""
+
+
+def measure_speed(experiment: Experiment, data: Data, *, memory: bool) -> Speed:
+    """Trains a model that is thrown away for a few steps."""
+    device = choose_device(experiment.trainer)
+    config = experiment.trainer
+    batches = TrainBatches(
+        data.sequences,
+        data.split,
+        max_len=experiment.data.max_len,
+        batch_size=config.batch_size,
+        seed=0,
+        device=device,
+        domain=experiment.data.domain,
+        windows=experiment.data.windows,
+        length_pool=config.length_pool,
+    )
+    every = max(1, len(batches) // (_STEPS + 1))
+    sampled = list(islice(batches, 0, every * _STEPS + 1, every))
+    catalog = data.catalog.to(device)
+    assert experiment.loss is not None
+    loss = experiment.loss.build(catalog).to(device)
+    negatives = None
+    if experiment.negatives is not None:
+        negatives = experiment.negatives.build(catalog, torch.Generator(device).manual_seed(0))
+    model = build_model(experiment, data).to(device).train()
+    recommender = cast("Recommender", model)
+    optimizer, _ = experiment.optim.build(model, len(sampled), config.monitor)
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def step(index: int) -> None:
+        batch = sampled[index % len(sampled)]
+        if isinstance(model, HasObjective):
+            objective = model.objective(batch, generator)
+        else:
+            objective = Objective(batch, ((1.0, recommender(batch)),), {})
+        table = recommender.item_embeddings()
+        losses = [weight * loss(hidden, table, objective.batch, negatives) for weight, hidden in objective.answers]
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack([*losses, *objective.terms.values()]).sum().backward()
+        optimizer.step()
+
+    step(0)
+    times = sorted(_seconds(partial(step, index), device) for index in range(1, _STEPS + 1))
+    seconds = times[len(times) // 2]
+    rows = sum(len(batch.user) for batch in sampled) / len(sampled)
+    return Speed(
+        seconds_per_step=seconds,
+        examples_per_second=rows / seconds,
+        peak_bytes=_peak(lambda: step(0), device) if memory else None,
+        seconds_per_epoch=seconds * len(batches) + _validation(experiment, data, model, device) / config.validate_every,
+    )
+
+
+def _validation(experiment: Experiment, data: Data, model: torch.nn.Module, device: torch.device) -> float:
+    """Seconds, from one of its batches."""
+    scorer, catalog = make_scorer(model.eval(), experiment), data.catalog.to(device)
+    batches = eval_batches(experiment, data, experiment.eval, "validation", device)
+    first = next(iter(batches))
+    once = _seconds(lambda: rank_full(scorer, first, catalog, experiment.eval.seen), device)
+    return once * len(batches)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _peak(run: Callable[[], object], device: torch.device) -> int:
+    """On a CPU from the profiler's record of what was allocated and freed."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return int(torch.cuda.max_memory_allocated(device))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = loads(trace.read_text())["traceEvents"]
+    return max(int(event["args"]["Total Allocated"]) for event in events if event["name"] == "[memory]")
