@@ -9,8 +9,6 @@ import typer
 from recsys.cli.options import DataRoot, Format, Overrides
 from recsys.cli.output import clear_errors, console, show
 
-Control = Literal["wide_ffn", "deeper", "wider", "self_attention", "shuffled_context", "table_wider"]
-
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="The sweep, a YAML file.", show_default=False)],
@@ -76,8 +74,12 @@ def sweep(
 def match(
     config: Annotated[Path, typer.Option("--config", "-c", help="The treatment, a YAML file.", show_default=False)],
     controls: Annotated[
-        list[Control] | None,
-        typer.Option("--control", help="Repeatable. Default: all of them.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            "--control",
+            help="wide_ffn, deeper, wider, self_attention, shuffled_context, table_wider. Repeatable. Default: all.",
+            show_default=False,
+        ),
     ] = None,
     baseline: Annotated[
         Path | None,
@@ -108,13 +110,13 @@ def match(
         from recsys.experiment import Experiment, load_data
         from recsys.loading import load_yaml
         from recsys.results import write_text
-        from recsys.scaling.match import CONTROLS
+        from recsys.scaling.match import CONTROLS, control_named
         from recsys.sweeps.pairs import changes, make_pairs, pairs_frame
 
         treatment = load_yaml(config, Experiment, overrides or [])
         pairs = make_pairs(
             treatment,
-            controls or CONTROLS,
+            [control_named(name) for name in controls or CONTROLS],
             load_data(treatment.data, data_root),
             baseline=None if baseline is None else load_yaml(baseline, Experiment, overrides or []),
             basis=basis,

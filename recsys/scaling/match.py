@@ -1,5 +1,6 @@
 """Baselines of a treatment's size. "Parameter-matched" is not one thing: each control rules out another explanation."""
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -16,6 +17,16 @@ Control = Literal["wide_ffn", "deeper", "wider", "self_attention", "shuffled_con
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 TOLERANCE = 0.005
+
+
+def control_named(name: str) -> Control:
+    """Raises ConfigError for a name that is none."""
+    for control in CONTROLS:
+        if control == name:
+            return control
+    near = difflib.get_close_matches(name, CONTROLS, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"there is no control {name!r}{hint} (one of {', '.join(CONTROLS)})")
 
 
 class NoMatch(UserError):

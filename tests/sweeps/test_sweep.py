@@ -179,7 +179,7 @@ def test_a_best_learning_rate_at_the_end_is_not_run(tmp_path, write_sweep):
 def test_shards_and_budgets_come_to_the_same_table(undisturbed, tmp_path):
     path, expected = undisturbed
     plan = plan_of(path)
-    partly = run(plan, tmp_path, budget_minutes=0)
+    partly = run(plan, tmp_path, budget_minutes=0.0)
     assert partly["state"].tolist() == ["new"] * 4
     partly = run(plan, tmp_path, shard=(2, 2))
     assert partly["state"].tolist() == ["new"] * 2 + ["done"] * 2
