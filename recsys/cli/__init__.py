@@ -1,5 +1,8 @@
 """The `recsys` command. Each command imports what it needs when it runs, so that `--help` answers at once."""
 
+import importlib
+import importlib.util
+
 import typer
 
 from recsys.cli import data, probes, results, scaling, training
@@ -26,3 +29,5 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")
+if importlib.util.find_spec("recsys.offpolicy") is not None:  # the one place that looks for it, and does without it
+    app.add_typer(importlib.import_module("recsys.offpolicy.cli").app, name="offpolicy")

@@ -8,7 +8,7 @@ from jaxtyping import Float64
 
 from recsys.offpolicy.evidence import Evidence
 from recsys.offpolicy.feedback import LoggedFeedback
-from recsys.types import Catalog
+from recsys.types import NO_DOMAIN, Catalog
 
 Verdict = Literal["trust", "widen", "do not use"]
 
@@ -125,4 +125,4 @@ def log_quality(
         random = float(means.mean()) * log.slots if random is None else random
         best = float(means.max()) * log.slots if best is None else best
     tq = None if best == random else float((reward.sum(1).mean() - random) / (best - random))
-    return LogQuality(tq, pairs / catalog.num_items)
+    return LogQuality(tq, pairs / int((catalog.item_domain != NO_DOMAIN).sum()))

@@ -145,11 +145,26 @@ def evaluate(
 
     `reward_model` takes the place of the config's. Raises DataError for an estimator that lacks what it needs.
     """
+    evidence = collect(log, candidate, catalog, config, logging=logging, groups=groups, reward_model=reward_model)
+    return report_of(candidate.name, evidence, log, catalog, config)
+
+
+def collect(
+    log: LoggedFeedback,
+    candidate: Candidate,
+    catalog: Catalog,
+    config: EvaluateConfig,
+    *,
+    logging: Candidate | None = None,
+    groups: Int[Tensor, " items"] | None = None,
+    reward_model: RewardModel | None = None,
+) -> Evidence:
+    """The evidence that the estimators of a config need."""
     reward = log.reward(config.reward)
     if reward_model is None and config.reward_model is not None:
         reward_model = config.reward_model.fit(log, reward, np.random.default_rng(config.seed))
     alphas = {estimator.alpha for estimator in config.estimators if isinstance(estimator, ExponentialSmoothing)}
-    evidence = gather(
+    return gather(
         log,
         candidate,
         catalog,
@@ -161,13 +176,17 @@ def evaluate(
         marginal_draws=config.marginal_draws,
         generator=torch.Generator().manual_seed(config.seed),
     )
+
+
+def report_of(name: str, evidence: Evidence, log: LoggedFeedback, catalog: Catalog, config: EvaluateConfig) -> Report:
+    """What the evidence about a candidate says."""
     return Report(
-        candidate=candidate.name,
+        candidate=name,
         requests=len(log),
         users=len(np.unique(log.user)),
         propensities=log.propensities,
-        logged_value=float(reward.sum(1).mean()),
-        quality=log_quality(log, catalog, reward),
+        logged_value=float(evidence.total.mean()),
+        quality=log_quality(log, catalog, evidence.reward),
         estimates=tuple(
             judge(estimator, part, domain, config.interval, log.propensities)
             for domain, part in _parts(evidence, log)

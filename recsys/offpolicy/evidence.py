@@ -121,19 +121,19 @@ def gather(
             columns[name] = np.empty((n, *values.shape[1:]))
         columns[name][rows] = values.numpy()
 
-    for domain, rows in _chunks(log, catalog):
+    for domain, rows in chunks(log.domain, catalog):
         items = catalog.items_of(domain)
         requests = torch.from_numpy(rows)
         shown = torch.from_numpy(log.items[rows])
         slates = catalog.local_index[shown]
-        scores = _scores(candidate, requests, items)
+        scores = finite_scores(candidate, requests, items)
         top = candidate.policy.next(scores, slates[:, :0])
         target = top.gather(1, slates) if slots == 1 else candidate.policy.log_probs(scores, slates).exp()
         put("target", rows, target)
         if logging is None:
             put("unsupported", rows, top @ torch.from_numpy(never_shown[domain]).double())
         else:
-            logged = logging.policy.next(_scores(logging, requests, items), slates[:, :0])
+            logged = logging.policy.next(finite_scores(logging, requests, items), slates[:, :0])
             possible = top.masked_fill(logged == 0, 0.0)
             put("unsupported", rows, (top - possible).sum(1))
             for alpha, sums in smoothed.items():
@@ -168,18 +168,21 @@ def gather(
     )
 
 
-def _chunks(log: LoggedFeedback, catalog: Catalog) -> Iterator[tuple[int, Int64[np.ndarray, " batch"]]]:
-    """Domain and rows of the log, as many at a time as memory allows."""
+def chunks(
+    asked: Int64[np.ndarray, " requests"], catalog: Catalog
+) -> Iterator[tuple[int, Int64[np.ndarray, " batch"]]]:
+    """Domain and rows of requests by the domain they ask for, as many at a time as memory allows."""
     for domain in range(catalog.num_domains):
-        rows = np.flatnonzero(log.domain == domain)
+        rows = np.flatnonzero(asked == domain)
         step = max(1, _CELLS // max(1, len(catalog.items_of(domain))))
         for start in range(0, len(rows), step):
             yield domain, rows[start : start + step]
 
 
-def _scores(
+def finite_scores(
     candidate: Candidate, requests: Int[Tensor, " batch"], items: Int[Tensor, " candidates"]
 ) -> Float[Tensor, "batch candidates"]:
+    """Raises DataError for scores that are NaN or ∞; -∞ bars an item."""
     scores = candidate.scores(requests, items).detach()
     wrong: Bool[Tensor, "batch candidates"] = scores.isnan() | (scores == torch.inf)
     if wrong.any():

@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,6 +122,12 @@ class LoggedFeedback:
     def slots(self) -> int:
         """Items in a slate."""
         return self.items.shape[1]
+
+    def take(self, rows: Int64[np.ndarray, " chosen"]) -> "LoggedFeedback":
+        """The feedback of some of the requests."""
+        columns = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        rewards = {name: values[rows] for name, values in self.rewards.items()}
+        return replace(self, **columns, rewards=rewards)
 
     def reward(self, weights: Mapping[str, float]) -> Float64[np.ndarray, "requests slots"]:
         """The weighted sum of named rewards, such as `{"click": 1.0, "like": 3.0}`."""

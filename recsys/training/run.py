@@ -353,7 +353,7 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
         callbacks.append(trajectory)
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, mode="max", patience=config.patience))
-    with _quiet_lightning():
+    with quiet_lightning():
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
@@ -406,7 +406,7 @@ def _stopped_early(run: RunDirectory, config: TrainerConfig) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Lightning without its banners and its hints about loaders that are not ours."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products on a GPU
     logger = logging.getLogger("pytorch_lightning")
