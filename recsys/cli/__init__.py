@@ -17,6 +17,7 @@ app = typer.Typer(
 for command in (
     training.train,
     training.tune,
+    training.estimate,
     training.evaluate,
     training.recommend,
     results.compare,

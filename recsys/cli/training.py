@@ -60,6 +60,41 @@ def train(
             screen.print(f"figure  {run.curve}", highlight=False, soft_wrap=True)
 
 
+def estimate(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The experiment, a YAML file.")] = Path(
+        "configs/synthetic.yaml"
+    ),
+    overrides: Overrides = None,
+    data_root: DataRoot = None,
+) -> None:
+    """What a run will cost here, from a few of its steps: time, memory, parameters. Trains and writes nothing."""
+    with clear_errors():
+        from pandas import DataFrame
+
+        from recsys.experiment import Experiment, load_data, parameter_counts
+        from recsys.loading import load_yaml
+        from recsys.report.tables import duration_text
+        from recsys.sweeps.estimate import estimate as measure
+
+        experiment = load_yaml(config, Experiment, overrides or [])
+        data = load_data(experiment.data, data_root)
+        found = measure(experiment, data)
+        speed = found.speed
+        assert speed.peak_bytes is not None
+        rows = {
+            "parameters": f"{parameter_counts(experiment, data.catalog)['total']:,}",
+            "step": f"{1000 * speed.seconds_per_step:,.0f} ms, {speed.examples_per_second:,.0f} users/s",
+            "memory of a step's tensors": f"{speed.peak_bytes / 2**20:,.0f} MiB",
+            "epoch, with its validation": duration_text(speed.seconds_per_epoch),
+            "epochs": f"{found.epochs}" + (", or fewer" if experiment.trainer.patience is not None else ""),
+            "test, all protocols": duration_text(found.seconds_to_evaluate),
+            "whole run": duration_text(found.seconds),
+        }
+        screen = console()
+        screen.print(f"{experiment.name}, from {found.steps} steps here and now", highlight=False)
+        show(DataFrame({"cost": rows.keys(), "estimate": rows.values()}), "table")
+
+
 def tune(
     config: Annotated[Path, typer.Option("--config", "-c", help="The experiment, a YAML file.", show_default=False)],
     space: Annotated[

@@ -1,8 +1,11 @@
 """How fast a model trains here and how much memory a step takes, from a few steps on its own data."""
 
+import contextlib
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,9 +21,6 @@ from recsys.experiment import Data, Experiment, build_model
 from recsys.training.run import choose_device, eval_batches, make_scorer
 from recsys.types import HasObjective, Objective, Recommender
 
-_STEPS = 3
-"""That are timed, after one that is not."""
-
 
 @dataclass(frozen=True)
 class Speed:
@@ -33,8 +33,8 @@ class Speed:
     """With a validation, as often as the experiment asks for one."""
 
 
-def measure_speed(experiment: Experiment, data: Data, *, memory: bool) -> Speed:
-    """Trains a model that is thrown away for a few steps."""
+def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: int = 3) -> Speed:
+    """Trains a model that is thrown away for one step that is not timed and `steps` that are."""
     device = choose_device(experiment.trainer)
     config = experiment.trainer
     batches = TrainBatches(
@@ -48,8 +48,8 @@ def measure_speed(experiment: Experiment, data: Data, *, memory: bool) -> Speed:
         windows=experiment.data.windows,
         length_pool=config.length_pool,
     )
-    every = max(1, len(batches) // (_STEPS + 1))
-    sampled = list(islice(batches, 0, every * _STEPS + 1, every))
+    every = max(1, len(batches) // (steps + 1))
+    sampled = list(islice(batches, 0, every * steps + 1, every))
     catalog = data.catalog.to(device)
     assert experiment.loss is not None
     loss = experiment.loss.build(catalog).to(device)
@@ -75,14 +75,14 @@ def measure_speed(experiment: Experiment, data: Data, *, memory: bool) -> Speed:
         optimizer.step()
 
     step(0)
-    times = sorted(_seconds(partial(step, index), device) for index in range(1, _STEPS + 1))
-    seconds = times[len(times) // 2]
+    times = sorted(_seconds(partial(step, index), device) for index in range(1, steps + 1))
+    seconds, mean = times[len(times) // 2], sum(times) / len(times)
     rows = sum(len(batch.user) for batch in sampled) / len(sampled)
     return Speed(
         seconds_per_step=seconds,
         examples_per_second=rows / seconds,
         peak_bytes=_peak(lambda: step(0), device) if memory else None,
-        seconds_per_epoch=seconds * len(batches) + _validation(experiment, data, model, device) / config.validate_every,
+        seconds_per_epoch=mean * len(batches) + _validation(experiment, data, model, device) / config.validate_every,
     )
 
 
@@ -111,10 +111,27 @@ def _peak(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return int(torch.cuda.max_memory_allocated(device))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        _no_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = loads(trace.read_text())["traceEvents"]
     return max(int(event["args"]["Total Allocated"]) for event in events if event["name"] == "[memory]")
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """The profiler announces itself there, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
