@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test lint types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -23,8 +23,11 @@ lint: $(READY)  ## check style
 types: $(READY)  ## check types
 	$(RUN)mypy
 
+bench: $(READY)  ## time training and ranking beside RecBole, RecTools and RePlay, each in its own environment under .bench
+	$(RUN)python benchmarks/bench.py
+
 clean:  ## remove the environment and what tools left behind; runs/ and data/ stay
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt install.sh
 	sh install.sh "$(PYTHON)" "$(VENV)"
