@@ -24,6 +24,8 @@ for command in (
     results.results,
     results.replicate,
     probes.probe,
+    probes.intervene,
+    probes.correlate,
     scaling.sweep,
     scaling.match,
     scaling.laws,

@@ -1,10 +1,16 @@
 """Tables of what a probe measured, every value beside its chance levels."""
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
+
+from recsys.experiment import DatasetSource, Experiment
+from recsys.loading import load_yaml
+from recsys.probes.correlate import POINT_COLUMNS
+from recsys.results import RunDirectory, RunError
 
 Row = Mapping[str, Any]
 
@@ -63,6 +69,91 @@ def contribution_frame(probes: pa.Table, label: str = "best") -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def intervention_frame(interventions: pa.Table) -> pd.DataFrame:
+    """One row per intervention and unit: the change of the metric (macro, where there are several domains).
+
+    `per energy` divides the change by the energy that was changed: parts of the update hold unequal shares of it.
+    """
+    rows = interventions.to_pylist()
+    macro = any(row["key"].split("/")[1] == "macro" for row in rows)
+    return pd.DataFrame(
+        {
+            "added in place of the update": row["intervention"],
+            "unit": row["unit"],
+            row["key"]: f"{row['value']:.4f}",
+            "change [95 %]": f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]",
+            "p (Holm)": f"{row['p_holm']:.4f}",
+            "energy changed": f"{row['energy']:.3f}",
+            "change per energy": _number(row["difference_per_energy"], "+.4f"),
+            "draws": str(row["draws"]),
+        }
+        for row in rows
+        if not macro or row["key"].split("/")[1] == "macro"
+    )
+
+
+def run_points(runs: Iterable[RunDirectory], key: str) -> pd.DataFrame:
+    """A point per finished run, with the columns `POINT_COLUMNS`; `key` is a metric of its `final.json`.
+
+    The alignment ratio of a run is the geometric mean over its units at the best checkpoint. Runs on the same data, of
+    the same model and with as many parameters are a cell, whatever else sets them apart; parameters are those outside
+    of the item table. Raises RunError for a run without probes, without an exchange, or without the metric.
+    """
+    rows = []
+    for run in runs:
+        final, experiment = run.read_final(), load_yaml(run.config, Experiment)
+        if key not in final["metrics"]:
+            raise RunError(f"{run.path} has no metric {key}; it has, among others, {next(iter(final['metrics']))}")
+        ratios = [found["alignment_ratio"]["value"] for _, found in _units(run.read_probes(), "best")]
+        if not ratios or None in ratios:
+            raise RunError(f"{run.path} has no alignment ratio (no exchange, or nothing to attend to); leave it out")
+        counts, source = final["parameters"], experiment.data.source
+        dataset = source.dataset if isinstance(source, DatasetSource) else source.name
+        rows.append(
+            (
+                run.path.name,
+                dataset,
+                f"{final['data']['fingerprint']} {experiment.model.name} {counts['total']}",
+                final["seed"],
+                sum(map(math.log, ratios)) / len(ratios),
+                final["metrics"][key]["value"],
+                math.log(counts["total"] - counts["item_table"]),
+            )
+        )
+    return pd.DataFrame(rows, columns=list(POINT_COLUMNS))
+
+
+def correlation_frame(correlations: pd.DataFrame) -> pd.DataFrame:
+    """Pooled and within-cell values side by side, as `recsys.probes.correlate.correlate` gives them."""
+    rows = []
+    for (dataset, statistic), found in correlations.groupby(["dataset", "statistic"], sort=False):
+        scopes = {row["scope"]: row for row in cast("list[Row]", found.to_dict("records"))}
+        within = scopes.get("within")
+        rows.append(
+            {
+                "data": str(dataset),
+                "statistic": str(statistic),
+                "runs": str(found["runs"].iloc[0]),
+                "cells": str(found["cells"].iloc[0]),
+                "pooled [95 %]": _signed(scopes["pooled"]),
+                "within cells [95 %]": "–" if within is None else _signed(within),
+                "p within": "–" if within is None else _defined(within["p"], ".3f"),
+                "p Holm": "–" if within is None else _defined(within["p_holm"], ".3f"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _signed(row: Row) -> str:
+    if math.isnan(row["value"]):
+        return "–"
+    return f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+
+
+def _defined(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}"
 
 
 def _units(probes: pa.Table, label: str) -> list[tuple[str, dict[str, Row]]]:
