@@ -29,6 +29,7 @@ for command in (
     scaling.sweep,
     scaling.match,
     scaling.laws,
+    scaling.report,
 ):
     app.command()(command)
 app.add_typer(data.app, name="data")

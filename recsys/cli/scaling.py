@@ -196,6 +196,39 @@ def laws(
             print(f"figures {output}", file=sys.stderr)
 
 
+def report(
+    studies: Annotated[list[Path], typer.Argument(help="Folders of sweeps.", show_default=False)],
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--compare", metavar="A B", help="Baseline and challenger.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the report. Default: FIRST SWEEP/report.", show_default=False),
+    ] = None,
+) -> None:
+    """A study as one page that opens without a network (report.html), as Markdown, and its tables in LaTeX.
+
+    Results with intervals, laws with bands, rho, the matching, learning rates, probes where runs were probed, the data,
+    what was left out, and the resolved configs and versions.
+    """
+    with clear_errors():
+        from recsys.report.html import write_report
+        from recsys.report.laws import records
+        from recsys.report.study import study_report
+        from recsys.results import write_json
+        from recsys.scaling.findings import find
+        from recsys.scaling.records import RESPONSES, read_studies
+
+        table, found = read_studies(studies)
+        findings = [find(found, response, compare=compare) for response in RESPONSES]
+        title, sections = study_report(studies, table, findings)
+        directory = output or studies[0] / "report"
+        for page in write_report(title, sections, directory):
+            print(f"report  {page}")
+        write_json(directory / "laws.json", [records(one) for one in findings])
+
+
 def _shard(text: str) -> tuple[int, int]:
     from recsys.loading import ConfigError
 

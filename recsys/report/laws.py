@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+from numpy import ndarray
 
 from recsys.scaling.compare import Extrapolation, LawComparison, ratio_curve
 from recsys.scaling.findings import ArmLaw, Findings
@@ -23,9 +26,26 @@ NAMES = {"cross_entropy": "validation cross-entropy", "ndcg@10": "1 − NDCG@10"
 def laws_frame(findings: Findings) -> pd.DataFrame:
     """One row per law as text: floor, term at the reference size and exponent with 95 % profile-F intervals.
 
-    A parameter that lies at a bound is one that the sizes do not determine.
+    A parameter that lies at a bound is one that the sizes do not determine. The last column is the signed error of the
+    law at the largest size when it is fitted without it.
     """
     return pd.DataFrame([_law_row(one) for one in findings.laws])
+
+
+def search_frame(findings: Findings) -> pd.DataFrame:
+    """One row per law as text: whether its minimum can be believed."""
+    return pd.DataFrame(
+        ({"study": one.study} if one.study else {})
+        | {
+            "axis": one.axis,
+            "arm": one.arm.name,
+            "RSS": f"{one.law.rss:.3g}",
+            "starts that agree": f"{one.law.search.agreeing} of {one.law.search.starts}",
+            "gradient": f"{one.law.search.gradient:.0e}",
+            "at a bound": ", ".join(one.law.search.at_bounds) or "–",
+        }
+        for one in findings.laws
+    )
 
 
 def _law_row(one: ArmLaw) -> dict[str, str]:
@@ -39,14 +59,11 @@ def _law_row(one: ArmLaw) -> dict[str, str]:
         "arm": one.arm.name,
         "sizes": f"{len(sizes)} ({_size(sizes[0])} to {_size(sizes[-1])})",
         "E": _with_interval(floor, None if known is None else known.parameter("E")),
-        f"A N^-a at {_size(float(law.reference[0]))}": _with_interval(
-            term, None if known is None else known.parameter("A")
-        ),
+        "A N^-a": f"{_with_interval(term, None if known is None else known.parameter('A'))}"
+        f" at {_size(float(law.reference[0]))}",
         "a": _with_interval(shape, None if known is None else known.parameter("a")),
         "at a bound": ", ".join(law.search.at_bounds) or "–",
-        "starts": f"{law.search.agreeing} of {law.search.starts}",
-        "gradient": f"{law.search.gradient:.0e}",
-        "largest size held out": "–" if one.hold_out is None else f"{100 * one.hold_out.error:+.2f} %",
+        "held out": "–" if one.hold_out is None else f"{100 * one.hold_out.error:+.2f} %",
     }
 
 
@@ -204,13 +221,13 @@ def ratio_figure(comparison: LawComparison, response: str) -> Figure:
     axes.fill_between(curve.losses, curve.low, curve.high, color=COLOURS[0], alpha=0.14, linewidth=0)
     rho = comparison.rho
     axes.axhline(rho.value, color=COLOURS[1], linewidth=1, linestyle="--", label=f"one ratio: {estimate_text(rho)}")
-    top = min(100.0, max(4.0, 2 * float(np.max(curve.ratio))))
     axes.set(
         xlabel=f"{NAMES[response]} (better to the right)",
         ylabel=f"{comparison.axis} of {comparison.baseline.name}\nfor one of {comparison.challenger.name}",
         yscale="log",
-        ylim=(1 / top, top),
+        ylim=_span(np.concatenate([curve.ratio, [rho.value, rho.low, rho.high]])),
     )
+    _ratio_ticks(axes.yaxis)
     axes.invert_xaxis()
     axes.legend(frameon=False, fontsize=8)
     _plain(axes)
@@ -236,10 +253,25 @@ def forest_figure(pooled: Pooled, axis: str) -> Figure:
             fontsize=8,
         )
     axes.axvline(1, color="0.6", linewidth=0.8, zorder=0)
-    axes.set(xscale="log", xlabel=f"rho ({axis})", yticks=range(len(rows)), ylim=(-0.6, len(rows) - 0.4))
+    ends = _span(np.array([bound for _, ratio, _ in rows for bound in (ratio.low, ratio.high)]))
+    axes.set(xscale="log", xlabel=f"rho ({axis})", xlim=ends, yticks=range(len(rows)), ylim=(-0.6, len(rows) - 0.4))
+    _ratio_ticks(axes.xaxis)
     axes.set_yticklabels([name for name, _, _ in reversed(rows)])
     _plain(axes)
     return figure
+
+
+def _span(values: ndarray) -> tuple[float, float]:
+    """Ends of an axis of ratios: around 1, as far as the values go but no further than a factor of 100."""
+    logs = np.abs(np.log(values[np.isfinite(values) & (values > 0)]))
+    furthest = float(np.clip(1.2 * logs.max(), 0.4, np.log(100)))
+    return float(np.exp(-furthest)), float(np.exp(furthest))
+
+
+def _ratio_ticks(axis: Axis) -> None:
+    axis.set_major_locator(FixedLocator((0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 5, 10, 20, 50, 100)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _plain(axes: Axes) -> None:
