@@ -341,9 +341,23 @@ class Dependence(Metric):
         }
 
     def beyond(self, sums: Sums, control: Sums) -> dict[str, Tensor]:
-        """Novelty and cross-domain share less those of a control."""
+        """Novelty and cross-domain share less those of a control.
+
+        0 where context and query have nothing to do with each other. Where they belong to one user and agree, a part of
+        what the context says is in the query already, and both fall below 0: they measure overlap, not gain.
+        """
         real, other = self.explained(sums), self.explained(control)
         return {f"{name}_beyond_control": real[name] - other[name] for name in ("novelty", "cross_domain_share")}
+
+    def energies(self, sums: Sums, budget: Sums) -> dict[str, Tensor]:
+        """`novel_energy` and `cross_domain_energy`: novelty and cross-domain share of the output, times the energy of
+        the update over that of the stream (`budget` holds the sums of a `NormBudget`).
+
+        The shares themselves do not see how much is added: those of an output that the gate shuts out may be high.
+        """
+        found = self.explained(sums)
+        size = budget["update_energy"] / budget["query_energy"]
+        return {"novel_energy": found["novelty"] * size, "cross_domain_energy": found["cross_domain_share"] * size}
 
     def _blocks(self) -> tuple[slice, slice, slice]:
         """Query, context, output."""

@@ -350,6 +350,8 @@ class _Measures:
             )
         for name, estimate in jackknife(pairs.beyond, pairs, control).items():
             yield replace(common, measure=name, **_interval(estimate), null_shuffled=0.0)
+        for name, estimate in jackknife(pairs.energies, pairs, self.budget).items():
+            yield replace(common, site="update", measure=name, **_interval(estimate))
 
     def _mechanical(self, common: Row) -> Iterator[Row]:
         for name, estimate in jackknife(NormBudget.measures, self.budget).items():

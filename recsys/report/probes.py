@@ -36,8 +36,6 @@ def alignment_frame(probes: pa.Table, label: str = "best") -> pd.DataFrame:
                 "at start": _number(ratio["null_init"], ".2f"),
                 "E[cos²]": _number(cos2["value"], ".4f"),
                 "shuffled": _number(cos2["null_shuffled"], ".4f"),
-                "1/d": _number(cos2["null_isotropic"], ".4f"),
-                "E|cos|": _number(found["cos_abs_mean"]["value"], ".3f"),
                 "mean cos": _number(found["cos_mean"]["value"], "+.3f"),
             }
         )
@@ -47,8 +45,10 @@ def alignment_frame(probes: pa.Table, label: str = "best") -> pd.DataFrame:
 def contribution_frame(probes: pa.Table, label: str = "best") -> pd.DataFrame:
     """One row per unit: what its output holds beyond its query, how large the update is, and how far the gate is open.
 
-    Novelty and cross-domain share are given as excess over the control, the same units with other users' queries:
-    the raw values are high for an untrained model, too.
+    Novelty and the cross-domain share stand beside their excess over the control, the same unit with other users'
+    queries: both are high for an untrained model, too. An excess of 0 says that query and context have nothing in
+    common, one below 0 that they overlap. The energy is the share times Σ|G|² / Σ|X|², G being the update and X the
+    query: what is added of what the query does not hold. `silent` is the share of queries with nothing to attend to.
     """
     rows = []
     for unit, found in _units(probes, label):
@@ -56,14 +56,12 @@ def contribution_frame(probes: pa.Table, label: str = "best") -> pd.DataFrame:
         rows.append(
             {
                 "unit": unit,
-                "direction": novelty["direction"],
                 "novelty": _number(novelty["value"], ".3f"),
-                "beyond control [95 %]": _with_interval(found["novelty_beyond_control"], "+.3f"),
-                "cross-domain share": _number(share["value"], ".3f"),
-                "beyond control [95 %] ": _with_interval(found["cross_domain_share_beyond_control"], "+.3f"),
-                "CKA": _number(found["cka"]["value"], ".3f"),
-                "|update|/|query|": _number(found["norm_ratio"]["value"], ".3f"),
-                "orthogonal energy": _number(found["update/orthogonal_energy"]["value"], ".3f"),
+                "less control [95 %]": _with_interval(found["novelty_beyond_control"], "+.3f"),
+                "share": _number(share["value"], ".3f"),
+                "less control [95 %] ": _with_interval(found["cross_domain_share_beyond_control"], "+.3f"),
+                "energy [95 %]": _with_interval(found["cross_domain_energy"], ".3f"),
+                "|G|/|X|": _number(found["norm_ratio"]["value"], ".3f"),
                 "gate": _number(found["gate_mean"]["value"], ".3f"),
                 "silent": _number(found["silent_share"]["value"], ".3f"),
             }
@@ -74,20 +72,20 @@ def contribution_frame(probes: pa.Table, label: str = "best") -> pd.DataFrame:
 def intervention_frame(interventions: pa.Table) -> pd.DataFrame:
     """One row per intervention and unit: the change of the metric (macro, where there are several domains).
 
-    `per energy` divides the change by the energy that was changed: parts of the update hold unequal shares of it.
+    `energy` is the share of the update's energy that was changed, `per energy` the change over it: parts of the update
+    hold unequal shares.
     """
     rows = interventions.to_pylist()
     macro = any(row["key"].split("/")[1] == "macro" for row in rows)
     return pd.DataFrame(
         {
-            "added in place of the update": row["intervention"],
+            "added instead": row["intervention"],
             "unit": row["unit"],
-            row["key"]: f"{row['value']:.4f}",
+            " ".join(row["key"].split("/")[1:]): f"{row['value']:.4f}",
             "change [95 %]": f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]",
             "p (Holm)": f"{row['p_holm']:.4f}",
-            "energy changed": f"{row['energy']:.3f}",
-            "change per energy": _number(row["difference_per_energy"], "+.4f"),
-            "draws": str(row["draws"]),
+            "energy": f"{row['energy']:.3f}",
+            "per energy": _number(row["difference_per_energy"], "+.4f"),
         }
         for row in rows
         if not macro or row["key"].split("/")[1] == "macro"
