@@ -23,7 +23,7 @@ def draw_estimates(frame: pd.DataFrame, logged: float, path: Path, title: str) -
     from matplotlib.figure import Figure
 
     frame = frame.sort_values("truth" if frame["truth"].notna().all() else "value", na_position="first")
-    figure = Figure(figsize=(7.2, 1.2 + 0.3 * len(frame)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.7 + 0.3 * len(frame)), layout="constrained")
     axes = figure.subplots()
     place = np.arange(len(frame))
     axes.axvline(logged, color="0.6", linewidth=1, linestyle="--", zorder=0, label="mean reward of the log")
@@ -42,44 +42,53 @@ def draw_estimates(frame: pd.DataFrame, logged: float, path: Path, title: str) -
         axes.plot(frame["truth"], place, "D", color="black", markersize=4, markerfacecolor="none", label="truth")
     axes.set_yticks(place, frame["candidate"])
     axes.set(xlabel="mean reward of a request", ylim=(-0.7, len(frame) - 0.3))
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     _finish(figure, axes, path, title)
 
 
 def draw_weights(study: dict[str, Any], edges: np.ndarray, path: Path, title: str) -> None:
-    """Share of requests by the weight of what was shown: far to the right, few requests decide the estimate."""
+    """Share of requests by the weight of what was shown, both axes logarithmic.
+
+    Where a curve reaches far to the right, few requests decide the estimate.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.subplots()
     names = [candidate["candidate"] for candidate in study["candidates"]]
     colours = _palette(len(names))
+    reached = np.flatnonzero(np.sum([candidate["weights"] for candidate in study["candidates"]], axis=0))
+    bins = slice(reached[0], reached[-1] + 1)
+    edges = edges[reached[0] : reached[-1] + 2]
     for candidate, colour in zip(study["candidates"], colours, strict=True):
-        counts = np.array(candidate["weights"], dtype=float)
+        counts = np.array(candidate["weights"], dtype=float)[bins]
         axes.stairs(counts / counts.sum(), 10.0**edges, color=colour, linewidth=1.4, label=candidate["candidate"])
     axes.axvline(1, color="0.6", linewidth=1, linestyle="--", zorder=0)
-    axes.set(xscale="log", xlabel="weight (target over logging probability)", ylabel="share of requests")
-    axes.legend(frameon=False, fontsize=7, ncols=2 if len(names) > 8 else 1)
+    axes.set(xscale="log", yscale="log", xlabel="weight (target over logging probability)", ylabel="share of requests")
+    figure.legend(frameon=False, fontsize=7, loc="outside right upper")
     _finish(figure, axes, path, title)
 
 
 def draw_risk_return(ranking: pd.DataFrame, logged: float, path: Path, title: str) -> None:
     """What each candidate promises above the logging policy, against how unsure that is.
 
-    Above the line, the interval lies above the log's mean reward. `ranking` is a `ranking_frame`.
+    Above the line the interval lies above the log's mean reward. `ranking` is a `ranking_frame`, of which only what has
+    an interval is drawn.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     frame = ranking.dropna(subset=["low"])
     risk = ((frame["high"] - frame["low"]) / 2).to_numpy()
     gain = (frame["value"] - logged).to_numpy()
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axes = figure.subplots()
-    reach = np.array([0, risk.max(initial=0.0) * 1.15 or 1.0])
-    axes.fill_between(
-        reach, reach, max(gain.max(initial=0.0), reach[1]) * 1.2, color="#1b6ca8", alpha=0.08, linewidth=0
+    reach = (
+        np.array([0.97 * risk.min(initial=np.inf), 1.03 * risk.max(initial=0.0)]) if len(risk) else np.array([0.0, 1.0])
     )
-    axes.plot(reach, reach, color="#1b6ca8", linewidth=1, label="surely above the log")
+    top = 1.15 * max(gain.max(initial=0.0), reach[1])
+    axes.fill_between(reach, reach, top, color="#1b6ca8", alpha=0.08, linewidth=0)
+    axes.plot(reach, reach, color="#1b6ca8", linewidth=1, label="above: the whole interval is above the log")
     axes.axhline(0, color="0.6", linewidth=1, linestyle="--", zorder=0)
     for verdict, colour in _COLOURS.items():
         rows = (frame["verdict"] == verdict).to_numpy()
@@ -89,7 +98,8 @@ def draw_risk_return(ranking: pd.DataFrame, logged: float, path: Path, title: st
     key = "\n".join(f"{number} {name}" for number, name in enumerate(frame["candidate"], 1))
     axes.text(1.02, 1.0, key, transform=axes.transAxes, fontsize=7, va="top")
     axes.set(xlabel="half width of the interval", ylabel="estimate minus mean reward of the log", xlim=reach)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center")
     _finish(figure, axes, path, title)
 
 
@@ -101,6 +111,6 @@ def _palette(count: int) -> list[Any]:
 
 def _finish(figure: "Figure", axes: "Axes", path: Path, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    axes.set_title(title, fontsize=10)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=160, format=path.suffix[1:] or "png")

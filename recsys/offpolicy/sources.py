@@ -258,7 +258,7 @@ def read_scores(path: Path, catalog: Catalog, raw_items: tuple[str, ...] | None)
     if unknown:
         raise DataError(f"{path}: there is no item {unknown[0]!r} in the log's catalogue")
     table = torch.full((catalog.num_items + 1,), torch.nan, dtype=torch.float64)
-    table[[ids[item] for item in frame["item"]]] = torch.from_numpy(frame["score"].to_numpy())
+    table[[ids[item] for item in frame["item"]]] = torch.tensor(frame["score"].to_list(), dtype=torch.float64)
     missing = int((table.isnan() & (catalog.item_domain != NO_DOMAIN)).sum())
     if missing:
         raise DataError(f"{path}: {missing} items of the catalogue have no score; -inf bars an item")

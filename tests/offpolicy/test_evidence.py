@@ -201,10 +201,13 @@ def test_a_history_ends_before_the_request() -> None:
     assert batch.user.tolist() == [0, 0]
     scores(torch.tensor([2, 0]), torch.tensor([1, 3]))
     padded = scorer.batches[1]
-    assert padded.items.tolist() == [[0, 0, 2], [1, 2, 3]]
-    assert padded.domains.tolist() == [[-1, -1, 1], [0, 1, 0]]
-    assert padded.times.tolist() == [[0, 0, 5], [10, 20, 30]]
+    assert padded.items.tolist() == [[1, 2, 3], [0, 0, 2]]
+    assert padded.domains.tolist() == [[0, 1, 0], [-1, -1, 1]]
+    assert padded.times.tolist() == [[10, 20, 30], [0, 0, 5]]
     assert padded.targets.tolist() == [[0, 0, 0], [0, 0, 0]]
+    repeated = scores(torch.tensor([1, 0, 1]), torch.tensor([2, 4]))
+    assert repeated.tolist() == [found[1].tolist(), found[0].tolist(), found[1].tolist()]
+    assert len(scorer.batches[2].user) == 2, "a history is scored once"
     with pytest.raises(DataError, match=r"3 requests come before their user's first event"):
         HistoryScores(scorer, sequences, replace(log, time=np.zeros(3, dtype=np.int64)), max_len=3)
     with pytest.raises(DataError, match=r"users outside 0\.\.1"):
