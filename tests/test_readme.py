@@ -1,5 +1,6 @@
 """What the README says is so: its tables are those of the committed results, its commands and protocols exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,12 +9,27 @@ from typer.testing import CliRunner
 
 from recsys.cli import app
 from recsys.evaluation.protocols import PROTOCOLS
+from recsys.loading import load_yaml
+from recsys.report.replication import Published, replicate, replication_frame
 from recsys.report.tables import render, results_frame, seeds_frame
 from recsys.results import find_runs, load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 STUDY = ROOT / "results" / "amazon_afk"
+REPLICATION = [
+    "domain",
+    "metric",
+    "published",
+    "here",
+    "difference",
+    "full",
+    "seeds",
+    "epochs",
+    "time",
+    "hardware",
+    "commit",
+]
 
 
 def table(name: str) -> str:
@@ -35,6 +51,17 @@ def test_means_over_seeds_are_those_of_the_committed_runs() -> None:
     several = values.groupby("name")["seed"].nunique().loc[lambda seeds: seeds > 1].index
     frame = seeds_frame(values[values["name"].isin(several)], ["ndcg@10", "hr@10"], "full")
     assert table("seeds") == render(frame, "markdown").strip()
+
+
+def test_the_replication_is_that_of_the_committed_run() -> None:
+    records = json.loads((ROOT / "results" / "replication.json").read_text())
+    frame = replication_frame(records)[REPLICATION]
+    assert table("replication") == render(frame, "markdown").strip()
+    runs = [
+        run for run in find_runs([STUDY]) if run.path.name in {r["run"] for record in records for r in record["runs"]}
+    ]
+    assert replicate(runs, load_yaml(ROOT / "results" / "published.yaml", Published)) == records
+    assert all(record["within_band"] for record in records)
 
 
 def test_every_committed_run_says_where_it_comes_from() -> None:
