@@ -224,7 +224,7 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
     if "low" in frame:
         pairs = zip(frame["low"], frame["high"], strict=True)
         frame.insert(
-            frame.columns.get_loc("high") + 1,
+            list(frame.columns).index("high") + 1,
             "interval",
             ["–" if np.isnan(low) else f"[{low:.4f}, {high:.4f}]" for low, high in pairs],
         )
