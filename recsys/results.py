@@ -22,6 +22,9 @@ from recsys.loading import ConfigError, parse_yaml
 COLUMNS = ["run", "arm", "name", "seed", "parameters", "seconds", "commit", "key", "value", "low", "high", "n"]
 """Of the table of many runs."""
 
+FIGURES = ("cosines", "energy", "alignment", "interventions")
+"""Names of the figures that are drawn of a finished run's exchange, into its directory."""
+
 State = Literal["new", "partial", "done", "failed"]
 
 
@@ -162,7 +165,8 @@ class RunDirectory:
     def clear(self) -> None:
         """Forget the run. Only the files of a run are removed, whatever else lies in the directory stays."""
         outcomes = (self.final, self.ranks, self.log, self.curve, self.probes, self.interventions)
-        for path in (self.done, self.failed, *outcomes, self.best, self.last):
+        figures = (self.path / f"{name}.png" for name in FIGURES)
+        for path in (self.done, self.failed, *outcomes, *figures, self.best, self.last):
             path.unlink(missing_ok=True)
 
     def failure(self) -> str:
