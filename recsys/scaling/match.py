@@ -205,7 +205,7 @@ def _without_exchange(config: ModelConfig) -> ModelConfig:
 
 def _with(config: ModelConfig, **changes: int) -> ModelConfig:
     for key in changes:
-        _value(config, key)
+        _require(config, key)
     return _replaced(config, changes)
 
 
@@ -215,9 +215,13 @@ def _replaced(config: ModelConfig, changes: Mapping[str, object]) -> ModelConfig
 
 
 def _value(config: ModelConfig, key: str) -> int:
+    _require(config, key)
+    return getattr(config, key)
+
+
+def _require(config: ModelConfig, key: str) -> None:
     if key not in type(config).model_fields:
         raise ConfigError(f"the model {config.name!r} has no key {key!r}, which this control changes")
-    return getattr(config, key)
 
 
 def _changes(start: ModelConfig, config: ModelConfig) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from recsys.errors import UserError
 from recsys.experiment import Data, Experiment
 from recsys.loading import ConfigError
 from recsys.scaling.match import CONTEXT_CONTROLS, Basis, Control, Cost, Match, NoMatch, match
@@ -30,8 +31,8 @@ class Pairs:
     pairs: tuple[Pair, ...]
     others: dict[Control, list[Match]]
     """What else would do, control by control."""
-    failed: dict[Control, NoMatch]
-    """Controls that come within the tolerance of nothing."""
+    failed: dict[Control, UserError]
+    """Controls that come within the tolerance of nothing, or change a key that the model lacks."""
 
 
 def make_pairs(
@@ -52,7 +53,7 @@ def make_pairs(
         raise ConfigError(f"the model {treatment.model.name!r} has no parameters to be matched")
     chosen: list[Pair] = []
     others: dict[Control, list[Match]] = {}
-    failed: dict[Control, NoMatch] = {}
+    failed: dict[Control, UserError] = {}
     for control in controls:
         try:
             found = match(
@@ -64,7 +65,7 @@ def make_pairs(
                 basis=basis_of(control, basis),
                 tolerance=tolerance,
             )
-        except NoMatch as error:
+        except (NoMatch, ConfigError) as error:
             failed[control] = error
             continue
         values = {"name": f"{treatment.name}-{control}", "model": found[0].config.model_dump(mode="json")}

@@ -186,3 +186,18 @@ def test_user_ids_are_not_read(build, make_batch):
     model = build(cross=CrossConfig())
     batch = make_batch([HISTORY], [ASKED])
     assert torch.equal(model(batch), model(dataclasses.replace(batch, user=batch.user + 9)))
+
+
+def test_states_wider_than_the_items(build, make_batch):
+    """The item table keeps its width; each path is there: every weight gets a gradient, and nothing is said unasked."""
+    model = build(d_item=6, cross=CrossConfig())
+    assert model.item_embeddings().shape == (61, 6)
+    hidden = model(make_batch([HISTORY, HISTORY[:2]], [ASKED, [None, 0]]))
+    assert hidden.shape == (2, 6, 6)
+    assert (hidden[1, :5] == 0).all(), "padding, and a place that asks for nothing"
+    hidden.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    counts = count_parameters(model)
+    narrow = count_parameters(build(cross=CrossConfig()))
+    assert counts["item_table"] == narrow["item_table"] * 6 // 8
+    assert counts["encoder"] == narrow["encoder"] + 2 * 6 * 8

@@ -8,7 +8,7 @@ from recsys.loading import ConfigError
 from recsys.models import CrossDomainConfig, GRU4RecConfig, SASRecConfig
 from recsys.models.attention import CrossConfig
 from recsys.scaling.count import count_model
-from recsys.scaling.match import NoMatch, match
+from recsys.scaling.match import NoMatch, control_named, match
 
 TREATMENT = CrossDomainConfig(d_model=16, d_ff=64, num_layers=1, cross=CrossConfig(num_units=1))
 
@@ -86,3 +86,30 @@ def test_a_control_that_a_model_has_no_key_for(make_catalog):
         match(TREATMENT, "wide_ffn", make_catalog(), 10, baseline=GRU4RecConfig())
     with pytest.raises(ConfigError, match="has no exchange to be compared without; give a baseline"):
         match(SASRecConfig(), "wide_ffn", make_catalog(), 10)
+
+
+def test_wider_states_on_the_same_items(make_catalog):
+    catalog = make_catalog(2, 40)
+    for one in match(TREATMENT, "wider", catalog, 10):
+        assert one.config.d_model > 16
+        assert one.config.d_item == 16
+        assert one.cost.parameters.item_table == one.treatment.parameters.item_table
+        assert abs(one.gap("dense")) <= 0.005
+
+
+@pytest.mark.parametrize(("control", "context"), [("self_attention", "own"), ("shuffled_context", "shuffled")])
+def test_the_treatment_reading_something_else(control, context, make_catalog):
+    [one] = match(TREATMENT, control, make_catalog(), 10, tolerance=0.0)
+    assert one.config.cross.context == context
+    assert one.config.model_copy(update={"cross": TREATMENT.cross}) == TREATMENT
+    assert one.cost == one.treatment
+    with pytest.raises(ConfigError, match="takes no baseline"):
+        match(TREATMENT, control, make_catalog(), 10, baseline=SASRecConfig())
+    with pytest.raises(ConfigError, match="no exchange"):
+        match(SASRecConfig(), control, make_catalog(), 10)
+
+
+def test_controls_have_names():
+    assert control_named("deeper") == "deeper"
+    with pytest.raises(ConfigError, match="did you mean wide_ffn"):
+        control_named("wide_fnn")

@@ -47,6 +47,15 @@ def undisturbed(tmp_path_factory, write_sweep) -> tuple[Path, list[bytes]]:
     return path, tables(folder / "out")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, write_sweep) -> tuple[Path, list[bytes]]:
+    """One seed of each arm."""
+    folder = tmp_path_factory.mktemp("plain")
+    path = write_sweep(folder, seeds=[0])
+    run(plan_of(path), folder / "out")
+    return path, tables(folder / "out")
+
+
 # What it expands to
 
 
@@ -244,9 +253,9 @@ def test_killed_at_any_moment_and_started_again(undisturbed, tmp_path):
         ("recsys", "{name: local, workers: 2}"),
     ],
 )
-def test_executors_come_to_the_same_table(package, executor, undisturbed, tmp_path):
+def test_executors_come_to_the_same_table(package, executor, plain, tmp_path):
     pytest.importorskip(package, reason=f"needs the extra of {package}")
-    path, expected = undisturbed
+    path, expected = plain
     run(plan_of(path, f"executor={executor}"), tmp_path)
     assert tables(tmp_path) == expected
 
