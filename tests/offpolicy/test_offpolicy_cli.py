@@ -206,6 +206,7 @@ def test_open_bandit_files(bandit: Path, tmp_path: Path) -> None:
     assert "regret" not in output
     run = {"scores": {"name": "run", "path": str(tmp_path)}}
     assert "there is no run directory" in refused("offpolicy", "evaluate", "-c", study_of(bandit, run), "-o", tmp_path)
+    study_of(bandit, {"scores": {"name": "table", "path": str(table)}})
     table.write_text("item,score\n9,2.5\n")
     assert "there is no item '9'" in refused("offpolicy", "evaluate", "-c", study, "-o", tmp_path)
     table.write_text("item,score\n3,2.5\n")
