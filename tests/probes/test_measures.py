@@ -338,3 +338,16 @@ def test_an_interval_needs_two_folds(cloud):
     assert not found.value.isnan().any()
     assert found.low.isnan().all()
     assert found.high.isnan().all()
+
+
+def test_energies_are_shares_times_the_size_of_the_update(cloud):
+    x, z, noise = cloud(400, 4), cloud(400, 4, seed=1), cloud(400, 4, seed=2)
+    y = x + 2 * z + 0.1 * noise
+    pairs, budget = Dependence(4), NormBudget()
+    pairs.update(x, z, y, zeros(400))
+    budget.update(x, 0.5 * y, zeros(400))
+    found, shares = pairs.energies(total(pairs), total(budget)), pairs.compute()
+    size = float((0.25 * y.square().sum()) / x.square().sum())
+    assert float(found["cross_domain_energy"]) == pytest.approx(float(shares["cross_domain_share"]) * size)
+    assert float(found["novel_energy"]) == pytest.approx(float(shares["novelty"]) * size)
+    assert float(shares["cross_domain_share"]) == pytest.approx(0.8, abs=0.05)
