@@ -10,9 +10,12 @@ from typer.testing import CliRunner
 from recsys.cli import app
 from recsys.evaluation.protocols import PROTOCOLS
 from recsys.loading import load_yaml
+from recsys.report.laws import laws_frame
 from recsys.report.replication import Published, replicate, replication_frame
 from recsys.report.tables import render, results_frame, seeds_frame
 from recsys.results import find_runs, load
+from recsys.scaling.findings import find
+from recsys.scaling.records import read_table, studies
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -62,6 +65,13 @@ def test_the_replication_is_that_of_the_committed_run() -> None:
     ]
     assert replicate(runs, load_yaml(ROOT / "results" / "published.yaml", Published)) == records
     assert all(record["within_band"] for record in records)
+
+
+def test_laws_are_those_of_the_committed_table() -> None:
+    study = studies(read_table(ROOT / "results" / "afk_small"))
+    findings = find(study, "cross_entropy", ["dense parameters"], compare=("wide_ffn", "exchange"))
+    assert table("afk_small") == render(laws_frame(findings), "markdown").strip()
+    assert "share no loss" in findings.refusals[0]
 
 
 def test_every_committed_run_says_where_it_comes_from() -> None:

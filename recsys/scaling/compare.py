@@ -74,8 +74,8 @@ class VarianceRatio:
 
     @property
     def ratio(self) -> float:
-        """Above 1, more seeds hardly help: tune every size better."""
-        return self.sizes / self.seeds
+        """Above 1, more seeds hardly help: tune every size better. Infinite where seeds do not differ at all."""
+        return self.sizes / self.seeds if self.seeds else float("inf")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recsys.scaling.compare import VarianceRatio
 from recsys.scaling.findings import find
 from recsys.scaling.records import StudyError, exclusions, read_studies, read_table, studies
 
@@ -83,6 +84,19 @@ def test_no_verdict_where_there_is_too_little(made_up):
     assert narrow.laws
     assert not narrow.comparisons
     assert all("decades" in line for line in narrow.refusals)
+
+
+def test_seeds_that_do_not_differ():
+    assert VarianceRatio(seeds=0.0, sizes=1.0).ratio == float("inf")
+
+
+def test_an_arm_that_does_not_gain_with_size_shares_no_loss_with_one_that_does(made_up):
+    table = made_up()
+    table.loc[table["arm"] == "none", "cross_entropy"] = 9.0
+    findings = find(studies(table), "cross_entropy", ["dense parameters"], compare=("none", "exchange"))
+    assert not findings.comparisons
+    assert "share no loss" in findings.refusals[0]
+    assert findings.laws[0].law.search.at_bounds, "a law that is flat has nothing to say of its exponent"
 
 
 def test_several_sweeps_are_pooled(tmp_path: Path, made_up):
