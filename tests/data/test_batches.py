@@ -1,4 +1,4 @@
-import time
+import cProfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -433,7 +433,7 @@ def test_memory_maps_give_the_same_batches(large: tuple[Sequences, Split], tmp_p
         assert same(left.batch, right.batch)
 
 
-def test_a_million_events_are_gathered_quickly() -> None:
+def test_a_million_events_are_gathered_without_python_per_event() -> None:
     generator = np.random.default_rng(0)
     length = generator.integers(3, 60, 32_000)
     items = generator.integers(1, 1001, length.sum())
@@ -448,8 +448,9 @@ def test_a_million_events_are_gathered_quickly() -> None:
     )
     assert len(items) > 990_000
     split = make_split(sequences, LeaveOneOut())
-    started = time.perf_counter()
-    seen = sum(int(batch.mask.sum()) for batch in train_batches(sequences, split, batch_size=256))
-    elapsed = time.perf_counter() - started
+    batches = train_batches(sequences, split, batch_size=256)
+    calls = cProfile.Profile()
+    seen = calls.runcall(lambda: sum(int(batch.mask.sum()) for batch in batches))
     assert seen == (np.minimum(length - 3, 50)).sum()
-    assert elapsed < 5  # about a quarter of a second where nothing else runs
+    # Checks of types included, a batch of 256 users and some 6,000 events is 1,200 calls.
+    assert sum(entry.callcount for entry in calls.getstats()) / len(batches) < 2000
