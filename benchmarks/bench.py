@@ -218,8 +218,12 @@ def main() -> None:
     environment = describe_environment(torch.device("cpu"))
     hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['processor']}-{arguments.threads}".lower()).strip("-")
     path = HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{hardware}.json"
+    kept = json.loads(path.read_text()) if path.exists() else []  # of an earlier call of today, for other cases
     record = {"environment": environment, "machine": platform.platform(), "threads": arguments.threads}
-    path.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+    results = [result | record for result in results]
+    names = {(result["case"], result["other"]) for result in results}
+    kept = [result for result in kept if (result["case"], result["other"]) not in names]
+    path.write_text(json.dumps([*kept, *results], indent=1) + "\n")
     console.print(f"written  {path}", highlight=False, soft_wrap=True)
 
 
