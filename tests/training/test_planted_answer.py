@@ -75,7 +75,6 @@ def test_without_information_nothing_is_found(planted: Any) -> None:
         for row in measures[f"output {name}"]:
             assert row["low"] < 0 < row["high"], name
     assert changes["nothing"]["low"] < 0 < changes["nothing"]["high"]
-    assert abs(changes["another user's context"]["difference"]) < 0.015
 
 
 @pytest.mark.slow
