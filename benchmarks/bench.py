@@ -27,6 +27,7 @@ from rich.table import Table
 from recsys.data.split import TRAIN
 from recsys.experiment import Experiment, load_data
 from recsys.loading import load_yaml
+from recsys.results import write_text
 from recsys.training.environment import describe_environment
 
 HERE = Path(__file__).parent
@@ -192,6 +193,13 @@ def table_of(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+def keep(result: dict[str, Any], path: Path) -> None:
+    """Adds a case to the file of the day, in the place of an earlier measurement of it."""
+    kept = json.loads(path.read_text()) if path.exists() else []
+    others = [one for one in kept if (one["case"], one["other"]) != (result["case"], result["other"])]
+    write_text(path, json.dumps([*others, result], indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="WORDS", help="only cases with these words; repeatable")
@@ -203,27 +211,23 @@ def main() -> None:
     folder = arguments.peers.resolve() / "data"
     write_training_events(folder)
     cases = [c for c in CASES if not arguments.only or any(words in f"{c.name} {c.label}" for words in arguments.only)]
+    environment = describe_environment(torch.device("cpu"))
+    about = {"environment": environment, "machine": platform.platform(), "threads": arguments.threads}
+    hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['processor']}-{arguments.threads}".lower()).strip("-")
+    path = HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{hardware}.json"
     results = []
     for case in cases:
         if arguments.rounds:
             case = Case(**{**case.__dict__, "rounds": arguments.rounds})
         if case.other is not None and case.other[0] != "ours":
             make_environment(arguments.peers.resolve(), case.other[0])
-        results.append(run_case(case, arguments.peers.resolve(), folder, arguments.threads, console))
+        results.append(run_case(case, arguments.peers.resolve(), folder, arguments.threads, console) | about)
+        keep(results[-1], path)
     rows = table_of(results)
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*row.values())
     console.print(table)
-    environment = describe_environment(torch.device("cpu"))
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['processor']}-{arguments.threads}".lower()).strip("-")
-    path = HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{hardware}.json"
-    kept = json.loads(path.read_text()) if path.exists() else []  # of an earlier call of today, for other cases
-    record = {"environment": environment, "machine": platform.platform(), "threads": arguments.threads}
-    results = [result | record for result in results]
-    names = {(result["case"], result["other"]) for result in results}
-    kept = [result for result in kept if (result["case"], result["other"]) not in names]
-    path.write_text(json.dumps([*kept, *results], indent=1) + "\n")
     console.print(f"written  {path}", highlight=False, soft_wrap=True)
 
 
