@@ -16,6 +16,7 @@ from recsys.evaluation import DotScorer, EvalConfig, evaluate
 from recsys.experiment import Data, Experiment, build_model, load_data
 from recsys.loading import apply_overrides, load_yaml, parse_config
 from recsys.models.embeddings import ItemEmbedding
+from recsys.training.objective import StepObjective
 from recsys.types import PAD_ID, Batch
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,7 @@ class Training:
         if self.experiment.negatives is not None:
             self.negatives = self.experiment.negatives.build(self.data.catalog, torch.Generator().manual_seed(0))
         self.optimizer, _ = self.experiment.optim.build(self.model, 10_000, "")
+        self.step_objective = StepObjective(self.model, self.loss, self.negatives, torch.Generator().manual_seed(0))
         self.batches = self._batches()
 
     def _batches(self) -> Iterator[Batch]:
@@ -92,7 +94,7 @@ class Training:
         return int((batch.targets != PAD_ID).sum())
 
     def objective(self, batch: Batch) -> Tensor:
-        return self.loss(self.model(batch), self.model.item_embeddings(), batch, self.negatives)
+        return self.step_objective(batch).loss
 
 
 class Counted(Training):

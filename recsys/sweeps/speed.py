@@ -11,15 +11,14 @@ from functools import partial
 from itertools import islice
 from json import loads
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from recsys.data.batches import TrainBatches
 from recsys.evaluation import rank_full
 from recsys.experiment import Data, Experiment, build_model
+from recsys.training.objective import StepObjective
 from recsys.training.run import choose_device, eval_batches, make_scorer
-from recsys.types import HasObjective, Objective, Recommender
 
 
 @dataclass(frozen=True)
@@ -57,21 +56,20 @@ def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: in
     if experiment.negatives is not None:
         negatives = experiment.negatives.build(catalog, torch.Generator(device).manual_seed(0))
     model = build_model(experiment, data).to(device).train()
-    recommender = cast("Recommender", model)
     optimizer, _ = experiment.optim.build(model, len(sampled), config.monitor)
 
-    generator = torch.Generator(device).manual_seed(0)
+    objective = StepObjective(
+        model,
+        loss,
+        negatives,
+        torch.Generator(device).manual_seed(0),
+        balance=None if experiment.balance is None else experiment.balance.build(),
+        alignment_penalty=experiment.alignment_penalty,
+    )
 
     def step(index: int) -> None:
-        batch = sampled[index % len(sampled)]
-        if isinstance(model, HasObjective):
-            objective = model.objective(batch, generator)
-        else:
-            objective = Objective(batch, ((1.0, recommender(batch)),), {})
-        table = recommender.item_embeddings()
-        losses = [weight * loss(hidden, table, objective.batch, negatives) for weight, hidden in objective.answers]
         optimizer.zero_grad(set_to_none=True)
-        torch.stack([*losses, *objective.terms.values()]).sum().backward()
+        objective(sampled[index % len(sampled)]).loss.backward()
         optimizer.step()
 
     step(0)

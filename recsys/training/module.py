@@ -15,11 +15,10 @@ from recsys.data.batches import TrainBatches
 from recsys.evaluation import DotScorer, EvalBatch, rank_full
 from recsys.evaluation.ranks import Seen
 from recsys.evaluation.running import RankingMetrics
-from recsys.models.embeddings import ItemEmbedding
 from recsys.optim import OptimConfig
-from recsys.probes.penalty import alignment
 from recsys.results import RunError
-from recsys.types import Batch, Catalog, HasObjective, NegativeSampler, Objective, Recommender
+from recsys.training.objective import StepObjective
+from recsys.types import Batch, Catalog, NegativeSampler, Recommender
 
 
 class SequentialModule(pl.LightningModule):
@@ -45,9 +44,8 @@ class SequentialModule(pl.LightningModule):
         balance: Pareto | None = None,
         alignment_penalty: float | None = None,
     ) -> None:
-        """`config` goes into every checkpoint, to tell which experiment it belongs to. `balance` weighs the loss
-        against the model's further terms; None adds them as they are. `alignment_penalty` weighs mean cos² between
-        query and output of the cross-attentions, which no balance touches; None adds nothing.
+        """`config` goes into every checkpoint, to tell which experiment it belongs to. `balance` and
+        `alignment_penalty` are those of `StepObjective`.
         """
         super().__init__()
         self.model = model
@@ -60,9 +58,8 @@ class SequentialModule(pl.LightningModule):
         self.monitor = monitor
         self.seed = seed
         self.config = config
-        self.balance = balance
-        self.alignment_penalty = alignment_penalty
         self.generator = torch.Generator(catalog.item_domain.device)
+        self.objective = StepObjective(model, loss, negatives, self.generator, balance, alignment_penalty)
 
     @property
     def recommender(self) -> Recommender:
@@ -84,45 +81,10 @@ class SequentialModule(pl.LightningModule):
             self.negatives.generator.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        aligned = None
-        if self.alignment_penalty is None:
-            objective = self._objective(batch)
-        else:
-            with alignment(self.model) as mean_cos2:
-                objective = self._objective(batch)
-                aligned = mean_cos2()
-        table = self.recommender.item_embeddings()
-        answers = [
-            weight * self.loss(hidden, table, objective.batch, self.negatives) for weight, hidden in objective.answers
-        ]
-        loss = torch.stack([*answers, *objective.terms.values()]).sum()
-        values: dict[str, Tensor | float] = {"train/loss": loss}
-        values |= {f"train/{name}": term for name, term in objective.terms.items()}
-        if self.balance is not None:
-            loss, weights = self._balanced(torch.stack(answers).sum(), objective.terms)
-            values |= weights
-        if aligned is not None:
-            assert self.alignment_penalty is not None
-            loss = loss + self.alignment_penalty * aligned
-            values["train/alignment"] = aligned
+        step = self.objective(batch)
+        values = {f"train/{name}": value for name, value in step.values.items()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch.user))
-        return loss
-
-    def _balanced(self, loss: Tensor, terms: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum, and its weights for the log, where `train/loss` stays the plain sum."""
-        assert self.balance is not None
-        if not terms:
-            raise RunError("balance: this model has no term beside the loss to weigh; remove the key or set it to null")
-        tables = {id(part.weight) for part in self.model.modules() if isinstance(part, ItemEmbedding)}
-        maps = [part for part in self.model.parameters() if part.requires_grad and id(part) not in tables]
-        added = torch.stack([*terms.values()]).sum()
-        of_loss, of_terms = self.balance.weights(loss, added, maps)
-        return of_loss * loss + of_terms * added, {"train/weight_loss": of_loss, "train/weight_terms": of_terms}
-
-    def _objective(self, batch: Batch) -> Objective:
-        if isinstance(self.model, HasObjective):
-            return self.model.objective(batch, self.generator)
-        return Objective(batch, ((1.0, self.recommender(batch)),), {})
+        return step.loss
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         ranks, cross_entropy = rank_full(DotScorer(self.recommender), batch, self.catalog, self.seen)

@@ -13,6 +13,7 @@ import torch
 from recsys.data.batches import TrainBatches
 from recsys.experiment import Experiment, build_model, load_data
 from recsys.loading import parse_config
+from recsys.training.objective import StepObjective
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 STEPS = 6
@@ -57,12 +58,13 @@ def losses(model: str, loss: str) -> list[float]:
     sampler = None
     if experiment.negatives is not None:
         sampler = experiment.negatives.build(data.catalog, torch.Generator().manual_seed(0))
+    objective = StepObjective(module, criterion, sampler, torch.Generator())
     optimizer, _ = experiment.optim.build(module, STEPS, "")
     batches = TrainBatches(data.sequences, data.split, max_len=20, batch_size=8, seed=0, device="cpu")
     torch.manual_seed(0)
     found = []
     for batch, _ in zip(batches, range(STEPS), strict=False):
-        value = criterion(module(batch), module.item_embeddings(), batch, sampler)
+        value = objective(batch).loss
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
