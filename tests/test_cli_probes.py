@@ -104,6 +104,9 @@ def test_correlate_puts_pooled_and_within_side_by_side(probed: str, run: Path, t
     assert "| synthetic | spearman | 4 | 1 | -1.000" in output
     assert "pooled [95 %] | within cells [95 %]" in output
     assert figure.read_bytes().startswith(b"%PDF")
+    config = tmp_path / "run3" / "config.yaml"
+    config.write_text(config.read_text().replace("weight_decay:", "weight_decay: 7.0 #"))  # of another arm
+    assert "| synthetic | spearman | 4 | 2 |" in call("correlate", tmp_path, "--samples", 20, "--format", "markdown")
     shutil.rmtree(tmp_path / "run3")
     result = CliRunner().invoke(app, ["correlate", str(tmp_path)])
     assert result.exit_code == 2

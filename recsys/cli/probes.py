@@ -111,7 +111,7 @@ def correlate(
 ) -> None:
     """Do runs that are more aligned than others rank worse? Pooled over runs and within cells, side by side.
 
-    Only what holds within cells, among runs on the same data and of the same size, can be a link: sizes move both.
+    Only what holds within cells, among runs that differ in nothing but their seed, can be a link: sizes move both.
     """
     with clear_errors():
         from recsys.probes.correlate import centre_in_cells, mixed_model

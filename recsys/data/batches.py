@@ -66,6 +66,22 @@ class TrainBatches:
         """Batches of an epoch."""
         return -(-len(self._lengths) // self._batch_size)
 
+    @property
+    def num_rows(self) -> int:
+        """Training rows of an epoch."""
+        return len(self._lengths)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of an epoch, each the question of one valid position."""
+        return int(self._lengths.sum())
+
+    def sample(self, count: int) -> list[Batch]:
+        """Up to `count` batches spread over the first epoch, from its middle where it is one; the others are not made."""
+        order = self._order(0)
+        places = [(2 * index + 1) * len(order) // (2 * count) for index in range(count)]
+        return [self._gather(order[place]) for place in dict.fromkeys(places)]
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of another epoch; the current one is left where it is."""
         if epoch != self._epoch:
@@ -80,16 +96,13 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         first, self._first, self._next = self._first, 0, self._first
-        batches = self._order()
-        device = self._user.device
-        for rows in batches[first:]:
+        for rows in self._order(self._epoch)[first:]:
             self._next += 1
-            longest = int(self._lengths[rows].max())
-            yield self._gather(rows.to(device, non_blocking=True), longest)
+            yield self._gather(rows)
 
-    def _order(self) -> tuple[Int[Tensor, " batch"], ...]:
-        """The rows of each batch of the epoch, on the CPU, where the same seed means the same order for any device."""
-        mixed = np.random.SeedSequence([self._seed, self._epoch]).generate_state(1, np.uint64)
+    def _order(self, epoch: int) -> tuple[Int[Tensor, " batch"], ...]:
+        """The rows of each batch of an epoch, on the CPU, where the same seed means the same order for any device."""
+        mixed = np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed[0]))
         rows = torch.randperm(len(self._lengths), generator=generator)
         if self._length_pool is not None and len(rows):
@@ -98,7 +111,9 @@ class TrainBatches:
         batches = rows.split(self._batch_size)
         return tuple(batches[index] for index in torch.randperm(len(self), generator=generator).tolist())
 
-    def _gather(self, rows: Int[Tensor, " batch"], longest: int) -> Batch:
+    def _gather(self, rows: Int[Tensor, " batch"]) -> Batch:
+        longest = int(self._lengths[rows].max())
+        rows = rows.to(self._user.device, non_blocking=True)
         start, stop = self._start[rows], self._stop[rows]
         index, real = _left_padded(start, stop - 1, longest)
         items, domains, times = self._events.take(index, real)

@@ -221,7 +221,9 @@ class CDSRNP(nn.Module):
 
     def _latent(self, pairs: Float[Tensor, "pairs d_model"], chosen: Bool[Tensor, "*rows pairs"]) -> Normal:
         """q(z | the chosen pairs), of the pairs' r."""
-        with torch.autocast(pairs.device.type, enabled=False):  # prior and posterior differ by less than bf16 can tell
+        # Prior and posterior differ by less than bf16 can tell. The device is a buffer's: there is no autocast for the
+        # weights' where operations are counted.
+        with torch.autocast(self.item_domain.device.type, enabled=False):
             r = pairs.to(self.mean.weight.dtype)
             m = chosen.to(r.dtype) @ r / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
             return Normal(self.mean(m), 0.1 + 0.9 * torch.sigmoid(self.spread(m)), validate_args=False)

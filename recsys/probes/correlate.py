@@ -1,6 +1,6 @@
 """Do runs that are more aligned rank worse? One point per independent run, pooled and within cells side by side.
 
-A cell holds the runs that differ in nothing that moves both numbers: one data set, one size, one arm. Between cells
+A cell holds the runs that differ in nothing but their seed: one data set, one size, one arm. Between cells
 alignment and metric move together without any causal link (both follow the width), so a pooled correlation is shown
 only for comparison; the claims are the within-cell ones.
 """

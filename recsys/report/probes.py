@@ -10,7 +10,7 @@ import pyarrow as pa
 from recsys.experiment import DatasetSource, Experiment
 from recsys.loading import load_yaml
 from recsys.probes.correlate import POINT_COLUMNS
-from recsys.results import RunDirectory, RunError
+from recsys.results import RunDirectory, RunError, fingerprint
 
 Row = Mapping[str, Any]
 
@@ -95,9 +95,10 @@ def intervention_frame(interventions: pa.Table) -> pd.DataFrame:
 def run_points(runs: Iterable[RunDirectory], key: str) -> pd.DataFrame:
     """A point per finished run, with the columns `POINT_COLUMNS`; `key` is a metric of its `final.json`.
 
-    The alignment ratio of a run is the geometric mean over its units at the best checkpoint. Runs on the same data, of
-    the same model and with as many parameters are a cell, whatever else sets them apart; parameters are those outside
-    of the item table. Raises RunError for a run without probes, without an exchange, or without the metric.
+    The alignment ratio of a run is the geometric mean over its units at the best checkpoint. Runs on the same data that
+    differ in nothing but their seed are a cell: what else sets two runs apart may move both numbers. Parameters are
+    those outside of the item table. Raises RunError for a run without probes, without an exchange, or without the
+    metric.
     """
     rows = []
     for run in runs:
@@ -113,7 +114,7 @@ def run_points(runs: Iterable[RunDirectory], key: str) -> pd.DataFrame:
             (
                 run.path.name,
                 dataset,
-                f"{final['data']['fingerprint']} {experiment.model.name} {counts['total']}",
+                fingerprint(experiment.model_copy(update={"seed": 0}).yaml(), final["data"]["fingerprint"]),
                 final["seed"],
                 sum(map(math.log, ratios)) / len(ratios),
                 final["metrics"][key]["value"],

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from json import loads
 from pathlib import Path
 
@@ -47,8 +46,7 @@ def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: in
         windows=experiment.data.windows,
         length_pool=config.length_pool,
     )
-    every = max(1, len(batches) // (steps + 1))
-    sampled = list(islice(batches, 0, every * steps + 1, every))
+    sampled = batches.sample(steps + 1)
     catalog = data.catalog.to(device)
     assert experiment.loss is not None
     loss = experiment.loss.build(catalog).to(device)

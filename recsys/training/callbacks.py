@@ -19,16 +19,20 @@ from rich.progress import (
 from torch import Tensor
 
 from recsys.results import write_text
+from recsys.training.throughput import Throughput
 
 
 class EpochLog(pl.Callback):
     """One JSON record per epoch in `metrics.jsonl`: epoch, step, learning rate, mean loss, validation metrics, speed.
 
-    A resumed run drops the records that are later than its checkpoint, so no epoch stands there twice.
+    `seconds` are those of the whole epoch with its validation, the rest of the speed that of training alone. A resumed
+    run drops the records that are later than its checkpoint, so no epoch stands there twice.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, throughput: Throughput) -> None:
+        """`throughput` is told of an epoch's end before this callback."""
         self.path = path
+        self.throughput = throughput
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -52,6 +56,7 @@ class EpochLog(pl.Callback):
             "step": trainer.global_step,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "seconds": round(time.perf_counter() - self._started, 3),
+            **self.throughput.values,
         }
         validated = _validated(trainer)
         record |= {
@@ -66,9 +71,11 @@ class EpochLog(pl.Callback):
 class EpochProgress(pl.Callback):
     """A bar over the steps of an epoch, and a line per epoch that stays; a star marks the best so far."""
 
-    def __init__(self, console: Console, monitor: str) -> None:
+    def __init__(self, console: Console, monitor: str, throughput: Throughput) -> None:
+        """`throughput` is told of an epoch's end before this callback."""
         self.console = console
         self.monitor = monitor
+        self.throughput = throughput
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._started = 0.0
@@ -120,6 +127,7 @@ class EpochProgress(pl.Callback):
             self._best = max(self._best, value)
             line += f"  {self.monitor} {value:.4f}{' *' if better else '  '}"
         line += f"  {time.perf_counter() - self._started:6.1f} s"
+        line += f"  {self.throughput.values['tokens_per_second']:,.0f} tokens/s"
         self.console.print(line, highlight=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -37,6 +37,7 @@ from recsys.training.checkpoint import AtomicCheckpoints, read_checkpoint, write
 from recsys.training.curve import draw_curve
 from recsys.training.environment import describe_environment
 from recsys.training.module import SequentialModule, require_metric
+from recsys.training.throughput import Throughput, flops_per_token, peak_rate
 from recsys.training.trajectory import BEST, Trajectory
 from recsys.types import NegativeSampler, Recommender, Scorer
 
@@ -344,7 +345,14 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
     last = ModelCheckpoint(
         dirpath=run.path, filename=run.last.stem, save_on_train_epoch_end=True, enable_version_counter=False
     )
-    callbacks: list[Callback] = [EpochLog(run.log), EpochProgress(console, config.monitor)]
+    throughput = Throughput(
+        batches, flops_per_token(experiment, data.catalog, batches), peak_rate(config, device), device
+    )
+    callbacks: list[Callback] = [
+        throughput,
+        EpochLog(run.log, throughput),
+        EpochProgress(console, config.monitor, throughput),
+    ]
     trajectory = None
     if experiment.probes is not None:
         validation = eval_batches(experiment, data, experiment.eval, "validation", device)

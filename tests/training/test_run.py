@@ -26,6 +26,7 @@ from recsys.training.run import _check_monitor, evaluate_model, open_run, select
 
 CPU = torch.device("cpu")
 SOURCE = {"name": "synthetic", "num_users": 80, "items_per_domain": 120, "mean_events": 16, "max_events": 40}
+SPEED = ("seconds", "tokens_per_second", "sequences_per_second", "mfu", "peak_mib")
 TINY: dict[str, Any] = {
     "name": "tiny",
     "data": {"source": SOURCE, "max_len": 20},
@@ -74,6 +75,10 @@ def test_what_a_run_leaves_behind(finished: RunDirectory) -> None:
     )
     log = finished.read_log()
     assert [record["epoch"] for record in log] == list(range(1, len(log) + 1))
+    for record in log:
+        assert all(record[key] > 0 for key in SPEED)
+        assert record["mfu"] < 1
+        assert record["tokens_per_second"] > record["sequences_per_second"]
     chosen = max(log, key=lambda record: record["validation/macro/ndcg@10"])
     assert final["selection"]["epoch"] == chosen["epoch"]
     assert final["selection"]["value"] == pytest.approx(chosen["validation/macro/ndcg@10"])
@@ -132,7 +137,7 @@ def test_a_run_that_goes_on_ends_as_if_nothing_had_happened(
         assert torch.equal(weights[0]["state_dict"][key], value), key
     assert weights[0]["lr_schedulers"] == weights[1]["lr_schedulers"]
     logs = [
-        [{k: v for k, v in record.items() if k != "seconds"} for record in run.read_log()]
+        [{k: v for k, v in record.items() if k not in SPEED} for record in run.read_log()]
         for run in (resumed, finished)
     ]
     assert logs[0] == logs[1]
