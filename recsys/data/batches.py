@@ -77,7 +77,7 @@ class TrainBatches:
         return int(self._lengths.sum())
 
     def sample(self, count: int) -> list[Batch]:
-        """Up to `count` batches spread over the first epoch, from its middle where it is one; the others are not made."""
+        """Up to `count` batches spread over the first epoch, its middle where it is one; the others are not made."""
         order = self._order(0)
         places = [(2 * index + 1) * len(order) // (2 * count) for index in range(count)]
         return [self._gather(order[place]) for place in dict.fromkeys(places)]
