@@ -57,6 +57,8 @@ class DataConfig(Config):
     split: SplitConfig = LeaveOneOut()
     domain: str | None = None
     """Only this domain's events, in histories and as targets; the split stays that of all domains."""
+    train_users: float | None = Field(None, gt=0, le=1)
+    """Share of the users that is trained on, for laws in the amount of data; all are tested. null: all of them."""
     max_len: int = Field(50, ge=1)
     """Most recent events of a history that a model sees; truncation comes after the split."""
     windows: Literal["last", "all"] = "last"
@@ -196,7 +198,7 @@ def load_data(config: DataConfig, data_root: Path | None) -> Data:
     sequences = config.source.sequences(data_root)
     if config.domain is not None and config.domain not in sequences.domain_names:
         raise unknown_domain(config.domain, sequences.domain_names)
-    split = make_split(sequences, config.split)
+    split = make_split(sequences, config.split, config.train_users)
     _require_targets(sequences, split, config.domain)
     catalog = make_catalog(sequences, split)
     text = None

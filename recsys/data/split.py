@@ -106,9 +106,19 @@ class GlobalTime(Config):
 SplitConfig = Annotated[LeaveOneOut | PerDomainLast | GlobalTime, Field(discriminator="name")]
 
 
-def make_split(sequences: Sequences, config: LeaveOneOut | PerDomainLast | GlobalTime) -> Split:
-    """The roles of all events: a pure function of the packed arrays and the config."""
+def make_split(
+    sequences: Sequences, config: LeaveOneOut | PerDomainLast | GlobalTime, train_users: float | None = None
+) -> Split:
+    """The roles of all events: a pure function of the packed arrays and the config.
+
+    With `train_users`, that share of the users is trained on (at least one); the TRAIN events of the others become
+    CONTEXT. What is validated and tested on stays, with its histories, and a smaller share is part of a larger one.
+    """
     role = config.roles(sequences)
+    if train_users is not None:
+        order = np.random.default_rng(0).permutation(sequences.num_users)
+        left_out = order[max(1, round(train_users * len(order))) :]
+        role[(role == TRAIN) & np.isin(sequences.event_users(), left_out)] = CONTEXT
     digest = hashlib.sha256(role.tobytes())
     digest.update(sequences.items.tobytes())
     digest.update(sequences.offsets.tobytes())

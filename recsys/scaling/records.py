@@ -46,6 +46,7 @@ COLUMNS = (
     "matched_on",
     "gap",
     *PARAMETERS,
+    "targets",
     "training_flops",
     "logits_flops",
     "epochs",
@@ -55,7 +56,8 @@ COLUMNS = (
     "run",
 )
 """`study` is empty where there is one. `state` is done, partial, new, failed, untuned (no learning rate works) or edge
-(the best learning rate is the last that was tried); what is not done has no numbers. `tuned` is fixed or interior."""
+(the best learning rate is the last that was tried); what is not done has no numbers. `tuned` is fixed or interior.
+`targets` is what an epoch trains on, each once."""
 TRIAL_COLUMNS = ("study", "arm", "size", "learning_rate", "cross_entropy")
 """Of `trials.csv`: what each learning rate came to."""
 
@@ -174,6 +176,6 @@ def table_of_runs(runs: Sequence[RunDirectory]) -> pd.DataFrame:
 def from_runs(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
     """A table of these rows, in the order of `COLUMNS`; what a row lacks is empty."""
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    whole = ("seed", *PARAMETERS, "epochs", "chosen_epoch")
+    whole = ("seed", *PARAMETERS, "targets", "epochs", "chosen_epoch")
     real = ("learning_rate", "gap", "training_flops", "logits_flops", *RESPONSES, *(f"test_{r}" for r in RESPONSES))
     return table.astype(dict.fromkeys(whole, "Int64") | dict.fromkeys(real, "float64"))

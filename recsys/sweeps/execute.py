@@ -167,7 +167,7 @@ class Desk:
         about: dict[str, Any] = {"study": cell.study, "arm": cell.arm, "size": cell.size}
         about |= {"tuned": progress.tuned, "learning_rate": progress.rate}
         about |= {"matched_on": cell.basis, "gap": None if cell.gap is None else round(cell.gap, 6)}
-        about |= {name: getattr(cell.parameters, name) for name in PARAMETERS}
+        about |= {name: getattr(cell.parameters, name) for name in PARAMETERS} | {"targets": cell.targets}
         for seed in self.plan.config.seeds:
             row = about | {"seed": seed, "state": {"tuning": "new"}.get(progress.tuned, progress.tuned)}
             if progress.tuned in ("fixed", "interior"):

@@ -98,6 +98,8 @@ class Cell:
     parameters: Parameters
     flops: Flops
     """Of an epoch: its steps times the mean over a few of its batches."""
+    targets: int
+    """That an epoch trains on, each once."""
     basis: Basis | None
     """What it is matched on; None for an arm that is no control."""
     gap: float | None
@@ -181,6 +183,7 @@ def _cell(config: SweepConfig, study: str, arm: str, size: str, base: Experiment
         data=data.fingerprint,
         parameters=count_model(experiment.model, data.catalog, experiment.data.max_len),
         flops=epoch_flops(experiment, data),
+        targets=_batches(experiment, data).num_targets,
         basis=own.basis if own.match is not None else None,
         gap=gap,
     )
@@ -188,17 +191,7 @@ def _cell(config: SweepConfig, study: str, arm: str, size: str, base: Experiment
 
 def epoch_flops(experiment: Experiment, data: Data) -> Flops:
     """Of an epoch of training: batches are of many lengths, so a few are counted and their mean stands for all."""
-    batches = TrainBatches(
-        data.sequences,
-        data.split,
-        max_len=experiment.data.max_len,
-        batch_size=experiment.trainer.batch_size,
-        seed=0,
-        device="cpu",
-        domain=experiment.data.domain,
-        windows=experiment.data.windows,
-        length_pool=experiment.trainer.length_pool,
-    )
+    batches = _batches(experiment, data)
     candidates = None
     if experiment.negatives is not None:  # those of a batch are its targets, about one for each row and position
         own = getattr(experiment.negatives, "num_negatives", experiment.trainer.batch_size)
@@ -211,6 +204,20 @@ def epoch_flops(experiment: Experiment, data: Data) -> Flops:
             round(sum(getattr(one, field) for one in counted) * len(batches) / len(counted))
             for field in ("forward", "step", "logits_forward", "logits_step")
         )
+    )
+
+
+def _batches(experiment: Experiment, data: Data) -> TrainBatches:
+    return TrainBatches(
+        data.sequences,
+        data.split,
+        max_len=experiment.data.max_len,
+        batch_size=experiment.trainer.batch_size,
+        seed=0,
+        device="cpu",
+        domain=experiment.data.domain,
+        windows=experiment.data.windows,
+        length_pool=experiment.trainer.length_pool,
     )
 
 

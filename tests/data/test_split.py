@@ -184,3 +184,23 @@ def test_roles_keep_their_promises(histories: list[list[tuple[int, int]]]) -> No
         if target != "all":
             for role in (V, X):
                 assert (np.bincount(users[timeline == role], minlength=1) <= 1).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_fewer_trained_users_leave_every_target_and_its_history(
+    config: LeaveOneOut | PerDomainLast | GlobalTime, sequences: Sequences
+) -> None:
+    whole = make_split(sequences, config)
+    before = np.zeros(sequences.num_users, dtype=bool)
+    users = sequences.event_users()
+    for share in (0.01, 0.5, 1.0):
+        part = make_split(sequences, config, train_users=share)
+        changed = part.role != whole.role
+        assert set(whole.role[changed]) <= {TRAIN}
+        assert set(part.role[changed]) <= {CONTEXT}
+        kept = ~np.isin(np.arange(sequences.num_users), users[changed])
+        assert not (before & ~kept).any()  # a smaller share is part of a larger one
+        before = kept
+        assert not (part.role[~kept[users]] == TRAIN).any()
+    assert kept.all()
+    assert part.hash == whole.hash
