@@ -2,12 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from recsys.cli.options import DataRoot, Format, Overrides
 from recsys.cli.output import clear_errors, console, show
+
+if TYPE_CHECKING:
+    from recsys.scaling.records import Response
+    from recsys.scaling.surface import SurfaceForm
 
 
 def sweep(
@@ -153,6 +157,13 @@ def laws(
         Literal["least_squares", "huber", "lad"],
         typer.Option(help="Variable projection with intervals; or log residuals under Huber's loss or their sum."),
     ] = "least_squares",
+    form: Annotated[
+        Literal["size", "size_and_data", "one_exponent", "repeated_data"],
+        typer.Option(
+            help="E + A N^-a for each study; or with + B D^-b (or one exponent for both) through all studies, which "
+            "are one data set at several data.train_users; or over several epochs, repetition discounted."
+        ),
+    ] = "size",
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option("--compare", metavar="A B", help="Baseline and challenger.", show_default=False),
@@ -169,6 +180,11 @@ def laws(
     holds on; there is none under four sizes or one decade, and no ratio is extrapolated. Several sweeps, or several
     studies of one, are pooled.
     """
+    if form != "size":
+        if compare is not None or engine != "least_squares":
+            raise typer.BadParameter("--compare and --engine go with --form size")
+        _laws_in_data(studies, axis, response, form, output, format_)
+        return
     with clear_errors():
         from recsys.report.laws import figures, ladder_frame, laws_frame, ratio_frame, records
         from recsys.results import atomic, write_json
@@ -193,6 +209,42 @@ def laws(
             for name, figure in figures(findings):
                 with atomic(output / f"{name}.png") as path:
                     figure.savefig(path, dpi=160, format="png", metadata={"Software": None})
+            print(f"figures {output}", file=sys.stderr)
+
+
+def _laws_in_data(
+    studies: list[Path],
+    axis: str,
+    response: "Response",
+    form: "SurfaceForm",
+    output: Path | None,
+    format_: Format,
+) -> None:
+    with clear_errors():
+        from recsys.report.laws import isoflop_figure, surface_figure, surface_records, surfaces_frame
+        from recsys.results import atomic, write_json
+        from recsys.scaling.records import AXES, exclusions, read_studies
+        from recsys.scaling.surface import fit_surfaces, parabolas
+
+        table, found = read_studies(studies)
+        axes = [one for one in AXES if axis == "all" or axis in one.lower()]
+        surfaces, refusals = fit_surfaces(found, response, axes, form)
+        if surfaces:
+            show(surfaces_frame(surfaces), format_)
+        for refusal in refusals:
+            print(f"not said: {refusal}")
+        for line in exclusions(table):
+            print(f"left out: {line}")
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "laws.json", {"response": response, "laws": surface_records(surfaces)})
+            for one in surfaces:
+                drawn = {"surface": surface_figure(one, response)}
+                if lowest := parabolas(found, one.arm, one.axis, response):
+                    drawn["isoflop"] = isoflop_figure(lowest, one.axis, one.arm, response)
+                for kind, figure in drawn.items():
+                    with atomic(output / f"{kind}-{one.arm}-{one.axis.replace(' ', '_')}.png") as path:
+                        figure.savefig(path, dpi=160, format="png", metadata={"Software": None})
             print(f"figures {output}", file=sys.stderr)
 
 

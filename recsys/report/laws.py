@@ -13,9 +13,11 @@ from numpy import ndarray
 
 from recsys.scaling.compare import Extrapolation, LawComparison, ratio_curve
 from recsys.scaling.findings import ArmLaw, Findings
+from recsys.scaling.isoflop import Parabola
 from recsys.scaling.ladder import Estimate, Fitted, f_test
 from recsys.scaling.pooling import Pooled
 from recsys.scaling.records import AXES
+from recsys.scaling.surface import Surface
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8661c1", "#e08e0b", "#555555", "#00868b", "#a0522d")
 """One per arm, in the order of the table."""
@@ -164,6 +166,79 @@ def records(findings: Findings) -> dict[str, Any]:
         "refusals": findings.refusals,
         "conclusion": findings.sentences(),
     }
+
+
+def surfaces_frame(surfaces: Sequence[Surface]) -> pd.DataFrame:
+    """One row per law in parameters and data as text; the terms are those at the geometric mean of the points."""
+    rows = []
+    for one in surfaces:
+        law, known = one.law, one.confidence
+        terms = dict(zip(law.form.coefficients, law.at_reference.tolist(), strict=True))
+        shapes = dict(zip((one.name for one in law.form.ranges), law.shape.tolist(), strict=True))
+        rows.append(
+            {"axis": one.axis, "arm": one.arm, "law": law.form.formula, "points": str(len(one.y))}
+            | {
+                name: _with_interval(value, None if known is None else known.parameter(name))
+                for name, value in (terms | shapes).items()
+            }
+            | {"at": f"N {_size(law.reference[0])}, D {_size(law.reference[1])}", "RSS": f"{law.rss:.3g}"}
+            | {"at a bound": ", ".join(law.search.at_bounds) or "–"}
+        )
+    return pd.DataFrame(rows)
+
+
+def surface_records(surfaces: Sequence[Surface]) -> list[dict[str, Any]]:
+    """All of it as plain values, for a file."""
+    return [
+        {
+            "axis": one.axis,
+            "arm": one.arm,
+            "formula": one.law.form.formula,
+            "points": {name: column.tolist() for name, column in zip(one.law.form.axes, one.x.T, strict=True)}
+            | {"response": one.y.tolist()},
+            "parameters": one.law.parameters,
+            "reference": one.law.reference.tolist(),
+            "at_reference": one.law.at_reference.tolist(),
+            "rss": one.law.rss,
+            "starts": one.law.search.starts,
+            "agreeing": one.law.search.agreeing,
+            "gradient": one.law.search.gradient,
+            "at_bounds": list(one.law.search.at_bounds),
+        }
+        for one in surfaces
+    ]
+
+
+def surface_figure(surface: Surface, response: str) -> Figure:
+    """The response over the parameters, a curve of the law for each amount of data."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    levels, level_of = np.unique(surface.x[:, 1:], axis=0, return_inverse=True)
+    for index in range(len(levels)):
+        at = level_of.flatten() == index
+        colour = str(0.75 - 0.65 * index / max(1, len(levels) - 1))
+        n = np.geomspace(surface.x[at, 0].min(), surface.x[at, 0].max(), 60)
+        grid = np.column_stack([n, np.tile(levels[index], (len(n), 1))])
+        axes.plot(n, surface.law.predict(grid), color=colour, linewidth=1.3)
+        axes.scatter(surface.x[at, 0], surface.y[at], s=22, color=colour, zorder=3, label=_size(levels[index, 0]))
+    axes.set(xscale="log", xlabel=surface.axis, ylabel=NAMES[response], title=surface.arm)
+    axes.legend(frameon=False, fontsize=8, title="training targets", title_fontsize=8)
+    _plain(axes)
+    return figure
+
+
+def isoflop_figure(parabolas: Sequence[Parabola], axis: str, arm: str, response: str) -> Figure:
+    """A parabola per budget over the sizes around its lowest point, marked; hollow where that was not run around."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for colour, one in zip(COLOURS * len(parabolas), parabolas, strict=False):
+        sizes = one.size * np.geomspace(0.2, 5, 60)
+        axes.plot(sizes, one.predict(sizes), color=colour, linewidth=1.3, label=_size(one.budget))
+        axes.scatter(one.size, one.loss, s=34, color=colour if one.inside else "none", edgecolors=colour, zorder=3)
+    axes.set(xscale="log", xlabel=axis, ylabel=NAMES[response], title=arm)
+    axes.legend(frameon=False, fontsize=8, title="training FLOPs", title_fontsize=8)
+    _plain(axes)
+    return figure
 
 
 def figures(findings: Findings) -> Iterator[tuple[str, Figure]]:
