@@ -137,6 +137,7 @@ def correlate(
             draw_correlation(
                 centre_in_cells(points),
                 figure,
+                metric,
                 f"pooled: Spearman {spearman['pooled [95 %]']}",
                 f"within cells: Spearman {spearman['within cells [95 %]']}",
             )

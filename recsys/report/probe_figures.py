@@ -159,9 +159,9 @@ def draw_interventions(interventions: pa.Table, path: Path) -> None:
     _save(draw, path, (8.4, 0.9 + 0.27 * len(rows)))
 
 
-def draw_correlation(points: pd.DataFrame, path: Path, pooled: str, within: str) -> None:
-    """Every run's log alignment ratio against its metric, both less their cell's mean; `pooled` and `within` are the
-    two correlations in words, which stand above the raw values and above those within cells.
+def draw_correlation(points: pd.DataFrame, path: Path, metric: str, pooled: str, within: str) -> None:
+    """Every run's log alignment ratio against its metric, raw and both less their cell's mean; `pooled` and `within`
+    are the two correlations in words, which stand above them.
     """
 
     def draw(figure: "Figure") -> None:
@@ -181,9 +181,11 @@ def draw_correlation(points: pd.DataFrame, path: Path, pooled: str, within: str)
                 axis.plot(ends, start + slope * ends, color=_INK, linewidth=1)
             axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
             axis.set_title(title, fontsize=9)
-        axes[0].set(xlabel="log alignment ratio (0 is chance)", ylabel="metric")
-        axes[1].set(xlabel="log alignment ratio less its cell's mean", ylabel="metric less its cell's mean")
-        axes[0].legend(frameon=False, fontsize=7)
+        axes[0].set(xlabel="log alignment ratio (0 is chance)", ylabel=metric)
+        axes[1].set(xlabel="log alignment ratio less its cell's mean", ylabel=f"{metric} less its cell's mean")
+        if len(groups) > 1:
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
     _save(draw, path, (8.4, 3.6))
 
