@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from recsys.loading import Config
+from recsys.sizes import places
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, Draw, NegativeSampler
 
 
@@ -140,7 +141,7 @@ class SoftmaxLoss(nn.Module):
             states = states / self.temperature
             pool = self.item_pool[targets]
             order = torch.argsort(pool, stable=True)
-            counts = torch.bincount(pool, minlength=len(self.pool_sizes)).tolist()
+            counts = self._counts(pool, batch)
             parts = zip(
                 self.items.split(self.pool_sizes),
                 states.index_select(0, order).split(counts),
@@ -153,6 +154,14 @@ class SoftmaxLoss(nn.Module):
                 if len(rows)
             ]
             return torch.stack(totals).sum() / len(targets)
+
+    def _counts(self, pool: Int[Tensor, " positions"], batch: Batch) -> list[int]:
+        """Targets of each pool."""
+        if len(self.pool_sizes) == 1:
+            return [len(pool)]
+        if batch.sizes is not None:
+            return list(batch.sizes.targets)
+        return torch.bincount(pool, minlength=len(self.pool_sizes)).tolist()
 
 
 class SampledSoftmaxLoss(nn.Module):
@@ -259,10 +268,11 @@ class InfoNCELoss(nn.Module):
             draw = negatives.draw(targets)
             logits = _logits(states / self.temperature, table, targets, draw)
             losses = _contrast(logits, targets, draw, log_q=False)
-            asked = batch.targets != PAD_ID
-            users, domains = asked.nonzero()[:, 0], batch.target_domains[asked]
+            where = _asked(batch)
+            users, domains = where // batch.targets.shape[1], batch.target_domains.flatten()[where]
             cell = users * self.num_domains + domains
-            positions = torch.bincount(cell, minlength=len(asked) * self.num_domains)
+            positions = torch.zeros(len(batch.targets) * self.num_domains, dtype=torch.int64, device=cell.device)
+            positions.index_add_(0, cell, torch.ones_like(cell))
             users_of_domain = (positions.view(-1, self.num_domains) > 0).sum(0)
             return (losses / (positions[cell] * users_of_domain[domains])).sum()
 
@@ -272,9 +282,14 @@ def _predictions(
 ) -> tuple[Float[Tensor, "positions d_model"], Float[Tensor, "items d_model"], Int[Tensor, " positions"]]:
     """States and targets where something is predicted; both float inputs in the same, at least single, precision."""
     precision = torch.promote_types(torch.promote_types(hidden.dtype, table.dtype), torch.float32)
-    where = (batch.targets != PAD_ID).flatten().nonzero().flatten()
+    where = _asked(batch)
     states = hidden.flatten(0, 1).index_select(0, where)
     return states.to(precision), table.to(precision), batch.targets.flatten()[where]
+
+
+def _asked(batch: Batch) -> Int[Tensor, " positions"]:
+    """Flat places of the targets."""
+    return places(batch.targets != PAD_ID, None if batch.sizes is None else sum(batch.sizes.targets))
 
 
 def _zero(states: Float[Tensor, "positions d_model"], table: Float[Tensor, "items d_model"]) -> Float[Tensor, ""]:

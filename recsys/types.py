@@ -1,13 +1,15 @@
 """The types every part agrees on: a batch of histories, the catalogue, what a recommender and a sampler offer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from recsys.sizes import Sizes
 
 PAD_ID = 0
 """Item id of padding. Real items are 1..num_items; ids are global across domains."""
@@ -37,6 +39,8 @@ class Batch:
     """The next item; `PAD_ID` where nothing is predicted."""
     target_domains: Int[Tensor, "batch length"]
     """The domain asked for; `NO_DOMAIN` where nothing is predicted."""
+    sizes: Sizes | None = field(default=None, kw_only=True)
+    """What is counted above, for whoever needs it on the host; None: count it, which waits for the device."""
 
     @property
     def mask(self) -> Tensor:
@@ -44,11 +48,15 @@ class Batch:
         return self.items != PAD_ID
 
     def to(self, device: torch.device | str) -> "Batch":
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(self.map(lambda tensor: tensor.to(device, non_blocking=True)), sizes=self.sizes)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """The batch with `function` applied to every tensor (a move, a slice along the batch)."""
-        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        """The batch with `function` applied to every tensor (a move, a slice along the batch), without its sizes."""
+        return Batch(**{name: function(column) for name, column in self.columns().items()}, sizes=None)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sizes"}
 
 
 @dataclass(frozen=True)

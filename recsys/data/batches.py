@@ -11,12 +11,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from recsys.data.policies import unknown_domain
 from recsys.data.sequences import Sequences
 from recsys.data.split import TEST, TRAIN, VALID, Split, train_counts
+from recsys.sizes import Block, Sizes, bounds
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, TrainingEvents
 
 
@@ -41,19 +43,30 @@ class TrainBatches:
         domain: str | None = None,
         windows: Literal["last", "all"] = "last",
         length_pool: int | None = 32,
+        width_step: int | None = None,
     ) -> None:
         """`windows`: a row of a user's last `max_len` targets; or rows of consecutive targets, the last one full, that
         make each TRAIN event but the user's first a target once. `domain` leaves out the events of the others.
+
+        `width_step` gives batches few shapes: a width that is a multiple of it (or `max_len`), rows of padding up to
+        one more than `batch_size`, and sizes that fit every batch of that shape. None leaves them as they come.
+
         Raises DataError for an unknown domain.
         """
         assert max_len >= 1
         assert batch_size >= 1
         assert length_pool is None or length_pool >= 1
+        assert width_step is None or width_step >= 1
         keep = (split.role == TRAIN) & _of_domain(sequences, domain)
         self._events = _Events.pack(sequences, keep, device)
         user, start, stop = _windows(self._events.offsets, max_len, windows)
         self._user, self._start, self._stop = (torch.from_numpy(array).to(device) for array in (user, start, stop))
         self._lengths = torch.from_numpy(stop - start) - 1
+        kept = np.asarray(sequences.domains)[keep]
+        counts = [_count_rows(kept == k, start, stop) for k in range(sequences.num_domains)]
+        self._counts = np.stack(counts, axis=1)
+        self._max_len = max_len
+        self._width_step = width_step
         self.skipped = sequences.num_users - len(np.unique(user))
         """Users with fewer than two events to train on: they have no row."""
         self._batch_size = batch_size
@@ -112,13 +125,60 @@ class TrainBatches:
         return tuple(batches[index] for index in torch.randperm(len(self), generator=generator).tolist())
 
     def _gather(self, rows: Int[Tensor, " batch"]) -> Batch:
-        longest = int(self._lengths[rows].max())
-        rows = rows.to(self._user.device, non_blocking=True)
+        width = int(self._lengths[rows].max())
+        sizes = self._sizes(rows.numpy())
+        device = self._user.device
+        filling = 0
+        if self._width_step is not None:
+            width = min(-(-width // self._width_step) * self._width_step, self._max_len)
+            filling = self._batch_size + 1 - len(rows)
+            sizes = bounds(self._batch_size + 1, width, sizes.targets)
+        rows = F.pad(rows, (0, filling)).to(device, non_blocking=True)
         start, stop = self._start[rows], self._stop[rows]
-        index, real = _left_padded(start, stop - 1, longest)
+        if filling:
+            stop[-filling:] = start[-filling:] + 1  # no target
+        index, real = _left_padded(start, stop - 1, width)
         items, domains, times = self._events.take(index, real)
         targets, target_domains, _ = self._events.take(index + 1, real)
-        return Batch(self._user[rows], items, domains, times, targets, target_domains)
+        return Batch(self._user[rows], items, domains, times, targets, target_domains, sizes=sizes)
+
+    def _sizes(self, rows: Int[np.ndarray, " batch"]) -> Sizes:
+        counts = self._counts[rows]
+        total, users, longest = (each.tolist() for each in (counts.sum(0), (counts > 0).sum(0), counts.max(0)))
+        blocks, event_blocks = (
+            tuple(Block(users[k][kind], longest[k][kind], total[k][kind]) for k in range(len(total))) for kind in (3, 0)
+        )
+        targets = tuple(each[1] for each in total)
+        return Sizes(
+            targets=targets,
+            events=sum(each[0] for each in total),
+            questions=targets,
+            known=tuple(each[2] for each in total),
+            blocks=blocks,
+            event_blocks=event_blocks,
+        )
+
+
+def _count_rows(
+    is_it: Bool[np.ndarray, " events"], start: Int[np.ndarray, " rows"], stop: Int[np.ndarray, " rows"]
+) -> Int[np.ndarray, "rows kinds"]:
+    """Of one domain in every row: its events; positions that ask for it; those of them at an event of it or later;
+    positions with either. A row's positions are its events but the last, which is a target.
+    """
+    event, asks = np.append(is_it, False), np.append(is_it[1:], [False, False])
+    events, asked, either = (
+        np.concatenate([[0], np.cumsum(mask, dtype=np.int32)]) for mask in (event, asks, event | asks)
+    )
+    last = np.maximum(stop - 1, start)
+    first = np.where(event, np.arange(len(event)), len(event))
+    first = np.minimum(np.minimum.accumulate(first[::-1])[::-1][start], last)  # event at or after the row's start
+    counts = [
+        events[last] - events[start],
+        asked[last] - asked[start],
+        asked[last] - asked[first],
+        either[last] - either[start],
+    ]
+    return np.stack(counts, axis=1)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """ABXI (Bian et al., WWW 2025): one encoder for all streams, low-rank maps that tell them apart."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ from recsys.models.encoders import causal_mask
 from recsys.models.exchange import View, check_cross, exchange, look, make_units
 from recsys.models.initialization import STD
 from recsys.models.streams import Streams, cut_streams
-from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog
+from recsys.sizes import places
+from recsys.types import PAD_ID, Batch, Catalog
 
 
 class ABXIConfig(Config):
@@ -107,14 +109,16 @@ class ABXI(nn.Module):
         crosses = bool(self.early or self.stack)
         streams = cut_streams(batch, self.num_domains, question_slots=crosses)
         view = look(batch, streams, self.early or self.stack)
+        counts = streams.sizes
 
         # Rows without padding, first those of x, then the slots of each domain: maps run once, on all of them.
-        cells, slots = _where(batch.mask), _where(streams.real)
+        cells = places(batch.mask, counts.events)
+        slots = _places_of_parts(streams.split(streams.real), [block.slots for block in streams.blocks])
         sizes = [len(cells), len(slots)]
         items = torch.cat([batch.items.flatten()[cells], streams.item[slots]])
-        places = torch.cat([self._merged_places(batch).flatten()[cells], self._slot_places(batch, streams)[slots]])
+        order = torch.cat([self._merged_places(batch).flatten()[cells], self._slot_places(batch, streams)[slots]])
         known = items != PAD_ID  # a question slot of a domain without events holds no item
-        x, s = self.embedding(items, places, items, known).split(sizes)
+        x, s = self.embedding(items, order, items, known).split(sizes)
         for units in early:
             s = _exchange(units, s, slots, streams, view)
         e = torch.cat([x, s])
@@ -122,21 +126,24 @@ class ABXI(nn.Module):
         x, s = self.attention_norm(e + self.dropout(attended)).split(sizes)
 
         # The questions, domain by domain; those of a domain without events so far have no slot without an exchange.
-        asked = _where(batch.mask & (batch.target_domains != NO_DOMAIN))
-        asked = asked[batch.target_domains.flatten()[asked].argsort(stable=True)]
-        domain = batch.target_domains.flatten()[asked]
+        domains = torch.arange(self.num_domains, device=batch.items.device)[:, None, None]
+        asks = batch.mask & (batch.target_domains == domains)
+        asked = torch.cat([places(asks[k], count) for k, count in enumerate(counts.questions)])
         slot = streams.question_slot.flatten()[asked]
         has_slot = slot < len(streams.real)
-        x_rows, s_rows = _row(batch.mask)[asked], _row(streams.real)[slot[has_slot]]
+        owned = counts.questions if crosses else counts.known
+        own_rows = _places_of_parts(has_slot.split(counts.questions), owned)
+        x_rows = _inverse(cells, batch.items.numel())[asked]
+        s_rows = _inverse(slots, len(streams.real) + 1)[slot[own_rows]]
         if self.stack:
-            x, s = self._set_apart(x, s, streams.domain[slots])
+            x, s = self._set_apart(x, s, [block.slots for block in streams.blocks])
             for units in stack:
                 s = _exchange(units, s, slots, streams, view)
             x, s = x[x_rows], s[s_rows]
         else:  # what no question reads is left out: in evaluation, most of a history
-            x, s = self._set_apart(x[x_rows], s[s_rows], domain[has_slot])
-        own = s.new_zeros(x.shape).index_copy(0, _where(has_slot), s)
-        answers = self._answer(x, own, domain)
+            x, s = self._set_apart(x[x_rows], s[s_rows], owned)
+        own = s.new_zeros(x.shape).index_copy(0, own_rows, s)
+        answers = self._answer(x, own, counts.questions)
         return (
             answers.new_zeros(batch.items.numel(), x.shape[1])
             .index_copy(0, asked, answers)
@@ -157,7 +164,7 @@ class ABXI(nn.Module):
         domains = torch.arange(self.num_domains, device=batch.items.device)[:, None, None]
         events = ((batch.domains == domains) & batch.mask).sum(dim=2)
         asked_last = batch.target_domains[:, -1] == domains[:, :, 0]
-        return (events + asked_last)[streams.domain, streams.row] - streams.count
+        return torch.where(streams.real, (events + asked_last)[streams.domain, streams.row] - streams.count, 0)
 
     def _attend(
         self,
@@ -187,10 +194,10 @@ class ABXI(nn.Module):
         return torch.cat([x.flatten(0, 1)[cells], torch.cat(s)[slots] if s else s_query])
 
     def _set_apart(
-        self, x: Float[Tensor, "merged d_model"], s: Float[Tensor, "own d_model"], domain: Int[Tensor, " own"]
+        self, x: Float[Tensor, "merged d_model"], s: Float[Tensor, "own d_model"], counts: Sequence[int]
     ) -> tuple[Float[Tensor, "merged d_model"], Float[Tensor, "own d_model"]]:
-        """The encoder's feed-forward map with the low-rank map of each stream; `domain` is sorted."""
-        sizes = [len(x), *torch.bincount(domain, minlength=self.num_domains).tolist()]
+        """The encoder's feed-forward map with the low-rank map of each stream; `counts` are the rows of each domain."""
+        sizes = [len(x), *counts]
         h = torch.cat([x, s])
         shared = (h + self.dropout(self.feed_forward(h))).split(sizes)
         parts = zip(self.stream_norms, self.stream_maps, shared, h.split(sizes), strict=True)
@@ -202,10 +209,10 @@ class ABXI(nn.Module):
         self,
         merged: Float[Tensor, "questions d_model"],
         own: Float[Tensor, "questions d_model"],
-        domain: Int[Tensor, " questions"],
+        counts: Sequence[int],
     ) -> Float[Tensor, "questions d_model"]:
-        """What both streams say of the domain asked for; `domain` is sorted."""
-        sizes = torch.bincount(domain, minlength=self.num_domains).tolist()
+        """What both streams say of the domain asked for; `counts` are the rows of each domain."""
+        sizes = list(counts)
         invariant = (merged + self.dropout(self.invariant(merged))).split(sizes)
         parts = zip(
             self.invariant_norms,
@@ -283,14 +290,16 @@ def _exchange(
     return torch.cat([block.flatten(0, 1) for block in exchange(units, blocks, streams, view)])[slots]
 
 
-def _where(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " rows"]:
-    """Flat places of what is True."""
-    return mask.flatten().nonzero().flatten()
+def _places_of_parts(parts: Sequence[Tensor], counts: Sequence[int]) -> Int[Tensor, " places"]:
+    """Places of what is True in masks laid end to end, part by part."""
+    starts = accumulate((part.numel() for part in parts[:-1]), initial=0)
+    found = [places(part, count) + start for part, count, start in zip(parts, counts, starts, strict=True)]
+    return torch.cat(found)
 
 
-def _row(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " cells"]:
-    """Which row each True cell has once the others are left out."""
-    return mask.flatten().cumsum(dim=0) - 1
+def _inverse(cells: Int[Tensor, " rows"], total: int) -> Int[Tensor, " cells"]:
+    """Which row each cell has once the others are left out; 0 for the others."""
+    return cells.new_zeros(total).index_copy_(0, cells, torch.arange(len(cells), device=cells.device))
 
 
 def _spread(rows: Float[Tensor, "rows width"], cells: Int[Tensor, " rows"], total: int) -> Float[Tensor, "cells width"]:

@@ -64,9 +64,9 @@ def look(batch: Batch, streams: Streams, units: nn.ModuleList) -> View | None:
 
     `shuffled`: the events of the other domains in the history of another user, no later in time than the state
     (positions of two histories do not compare). It is the next row of the batch, from the last on to the first, that
-    belongs to another user, so nothing is drawn: in training the order of the rows changes with the epoch and follows
-    from the run's seed, in an evaluation it is that of the targets, and a value depends on how they are batched. A
-    batch of one user has nothing to read.
+    belongs to another user and is not padding alone, so nothing is drawn: in training the order of the rows changes
+    with the epoch and follows from the run's seed, in an evaluation it is that of the targets, and a value depends on
+    how they are batched. A batch of one user has nothing to read.
     """
     if not len(units):
         return None
@@ -99,7 +99,7 @@ def context_rows(batch: Batch, kind: Context) -> tuple[Int[Tensor, " batch"], Bo
     if kind != "shuffled":
         return own, torch.ones_like(own, dtype=torch.bool)
     steps = (own - own[:, None]) % max(len(own), 1)  # from a row (down) on to a row (across)
-    steps = steps.masked_fill(batch.user == batch.user[:, None], len(own))
+    steps = steps.masked_fill((batch.user == batch.user[:, None]) | ~batch.mask.any(dim=1), len(own))
     nearest, rows = steps.min(dim=1) if len(own) else (own, own)
     return rows, nearest < len(own)
 

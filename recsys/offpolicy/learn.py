@@ -232,9 +232,14 @@ class LoggedBatches:
             model = cast("Recommender", self._snapshot)
             with torch.no_grad():
                 reference = model(batch)[:, -1] @ model.item_embeddings()[self._catalog.items_of(domain)].T
-        columns = {name: getattr(batch, name) for name in Batch.__slots__}
         return LoggedBatch(
-            **columns, request=rows, slates=slates, reward=reward, propensity=propensity, reference=reference
+            **batch.columns(),
+            sizes=None,
+            request=rows,
+            slates=slates,
+            reward=reward,
+            propensity=propensity,
+            reference=reference,
         )
 
 

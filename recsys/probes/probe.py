@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 
 import pyarrow as pa
 import torch
@@ -86,7 +85,7 @@ class Probe:
 
 def _first_of_its_kind(batch: Batch) -> Bool[Tensor, " batch"]:
     """False for a row that equals the one before it in everything."""
-    rows = torch.cat([getattr(batch, field.name).reshape(len(batch.user), -1) for field in fields(batch)], dim=1)
+    rows = torch.cat([column.reshape(len(batch.user), -1) for column in batch.columns().values()], dim=1)
     fresh = torch.ones_like(batch.user, dtype=torch.bool)
     fresh[1:] = (rows[1:] != rows[:-1]).any(1)
     return fresh

@@ -228,7 +228,8 @@ class Recorder:
                 domains = 1 + max(other.domain for other in self._sites)
                 self._streams = cut_streams(self.batch, domains)
             streams, batch = self._streams, self.batch
-            expected = (*streams.shapes[site.domain], batch.items.shape[1])
+            block = streams.blocks[site.domain]
+            expected = (block.rows, block.length, batch.items.shape[1])
             if tuple(mask.shape) != expected:
                 raise ValueError(
                     f"{site.name} was asked for {tuple(mask.shape)} queries and keys (users, states, events), but the "

@@ -80,7 +80,7 @@ def questions(batches: EvalBatches) -> dict[tuple[int, int], tuple[tuple[int, ..
 
 
 def same(left: Batch, right: Batch) -> bool:
-    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in Batch.__slots__)
+    return all(torch.equal(column, right.columns()[name]) for name, column in left.columns().items())
 
 
 # By hand
@@ -98,7 +98,7 @@ def test_training_batch_by_hand(sequences: Sequences) -> None:
     assert batch.times.tolist() == [[100, 101], [0, 108]]
     assert batch.targets.tolist() == [[4, 2], [PAD_ID, 3]]  # the last TRAIN event is a target
     assert batch.target_domains.tolist() == [[1, 0], [NO_DOMAIN, 0]]
-    assert {getattr(batch, name).dtype for name in Batch.__slots__} == {torch.int64}
+    assert {column.dtype for column in batch.columns().values()} == {torch.int64}
     assert batches.skipped == 1  # user 1 has a single TRAIN event
     assert len(batches) == 1
 

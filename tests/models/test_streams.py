@@ -3,13 +3,14 @@
 import torch
 
 from recsys.models.streams import cut_streams
+from recsys.sizes import Block
 
 
 def test_an_example(make_batch):
     # User 0 asks for A at an event of B, and the last question is B. User 1 has A only and is never asked for B.
     batch = make_batch([[(1, 0, 1), (2, 1, 2), (3, 1, 3), (4, 0, 4)], [(5, 0, 7)]], [[1, 0, None, 1], [0]], pad=1)
     streams = cut_streams(batch, 3)
-    assert streams.shapes == ((2, 3), (1, 4), (0, 0))
+    assert streams.blocks == (Block(2, 3, 4), Block(1, 4, 4), Block(0, 0, 0))
     a, b, c = (
         {name: streams.split(getattr(streams, name))[k].tolist() for name in ("item", "count", "position", "event")}
         for k in range(3)
@@ -36,5 +37,5 @@ def test_a_question_without_a_history_has_no_slot(make_batch):
     batch = make_batch([[]], [[]], pad=2)
     batch.target_domains[0, 1] = 0
     streams = cut_streams(batch, 2)
-    assert streams.shapes == ((0, 0), (0, 0))
+    assert streams.blocks == (Block(0, 0, 0),) * 2
     assert streams.question_slot.tolist() == [[0, 0]]
