@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -16,7 +16,7 @@ class Dropout(nn.Module):
     """Zeroes each coordinate with probability `p` in training and scales the others by 1 / (1 - p).
 
     On a CPU four coordinates share a 64-bit draw, so that `p` is kept to the nearest 1/65,536, and scaled by what it
-    is. Elsewhere it is torch's own. Draws come from torch's default generator, as those of `nn.Dropout`.
+    is. Elsewhere, and in a compiled step, it is torch's own. Draws come from torch's default generator, as those of `nn.Dropout`.
     """
 
     def __init__(self, p: float) -> None:
@@ -27,26 +27,39 @@ class Dropout(nn.Module):
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
-        return _CoinDropout.apply(x, min(max(round((1 - self.p) * COINS), 1), COINS - 1))
+        kept = min(max(round((1 - self.p) * COINS), 1), COINS - 1)
+        return _CoinDropout.apply(x, _coins(x, kept), COINS / kept)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
+def _coins(x: Float[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]:
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    coins = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    return coins < kept - COINS // 2
+
+
 class _CoinDropout(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: int) -> Tensor:
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        coins = draws.view(torch.int16)[: x.numel()].view(x.shape)
-        mask = coins < kept - COINS // 2
+    def forward(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        return torch.ops.aten.native_dropout_backward(x, mask, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mask, ctx.scale = inputs
         ctx.save_for_backward(mask)
-        ctx.scale = COINS / kept
-        return torch.ops.aten.native_dropout_backward(x, mask, ctx.scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None
+        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, int]:
+        """Models that run as one toss the same coins."""
+        x = x.movedim(in_dims[0], 0)
+        return _CoinDropout.apply(x, mask.expand_as(x), scale), 0

@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
+from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
 from recsys.evaluation.metrics import metric_key
@@ -18,10 +19,12 @@ from recsys.loading import dump_yaml
 from recsys.results import RunDirectory, RunHeld, State, atomic, write_json, write_text
 from recsys.scaling.records import PARAMETERS, RESPONSES, TRIAL_COLUMNS, from_runs
 from recsys.sweeps.executors import Handle
+from recsys.sweeps.grouping import bundle
 from recsys.sweeps.learning_rate import choose_rate, next_steps
 from recsys.sweeps.plan import Cell, Plan
 from recsys.sweeps.tune import with_values
 from recsys.training.run import select, train
+from recsys.training.together import train_together
 
 _WAIT = 0.2
 """Seconds between two looks at what is running."""
@@ -223,46 +226,64 @@ def run_sweep(
         desk.forget_failures()
     cells = plan.cells[shard[0] - 1 :: shard[1]]
     executor = plan.config.executor
-    running: dict[str, tuple[Job, Handle]] = {}
+    running: dict[tuple[str, ...], tuple[tuple[Job, ...], Handle]] = {}
     with executor.open(directory) as submit:
         while True:
             spent = budget_minutes is not None and time.monotonic() - started > 60 * budget_minutes
             jobs = {} if spent else {job.directory(desk.runs).path.name: job for job in desk.jobs(cells)}
-            free = executor.workers - len(running)
-            for name in [name for name in jobs if name not in running][:free]:
-                job = jobs[name]
-                watch(desk, [*(other.label for other, _ in running.values()), job.label])
-                handle = submit(execute, job.experiment, job.trial, desk.runs, data_root, plan.config.threads)
-                running[name] = job, handle
+            begun = {name for names in running for name in names}
+            bundles = bundle([job for name, job in jobs.items() if name not in begun], plan.config.together)
+            for own in bundles[: executor.workers - len(running)]:
+                watch(desk, [*_labels(running), *(job.label for job in own)])
+                runs = [(job.experiment, job.trial) for job in own]
+                handle = submit(execute, runs, desk.runs, data_root, plan.config.threads)
+                running[tuple(job.directory(desk.runs).path.name for job in own)] = own, handle
             if not running:
                 break
-            held = [name for name in _await(running) if not running.pop(name)[1].result()]
-            watch(desk, [job.label for job, _ in running.values()])
+            held = [names for names in _await(running) if not running.pop(names)[1].result()]
+            watch(desk, _labels(running))
             if held:
                 time.sleep(_WAIT)  # another sweep is at it, or a process of one that was killed ends just now
     return desk.write_tables()
 
 
-def _await(running: dict[str, tuple[Job, Handle]]) -> list[str]:
-    """The names of what has ended, once something has."""
+Running = Mapping[tuple[str, ...], tuple[tuple[Job, ...], Handle]]
+"""Names of the runs that were handed over together -> the runs, and their handle."""
+
+
+def _labels(running: Running) -> list[str]:
+    return [job.label for jobs, _ in running.values() for job in jobs]
+
+
+def _await(running: Running) -> list[tuple[str, ...]]:
+    """What has ended, once something has."""
     while True:
-        ended = [name for name, (_, handle) in running.items() if handle.done()]
+        ended = [names for names, (_, handle) in running.items() if handle.done()]
         if ended:
             return ended
         time.sleep(_WAIT)
 
 
-def execute(experiment: Experiment, trial: bool, runs: Path, data_root: Path | None, threads: int) -> bool:
-    """One run, in whatever process; False where another process has it in hand."""
+def execute(runs: Sequence[tuple[Experiment, bool]], directory: Path, data_root: Path | None, threads: int) -> bool:
+    """One run, or several as one, in whatever process; False where another process has one of them in hand.
+
+    With every experiment goes whether it is a trial.
+    """
     torch.set_num_threads(threads)
+    if len(runs) == 1:
+        return _execute(*runs[0], directory, data_root)
+    return all(train_together([partial(_execute, *run, directory, data_root) for run in runs]))
+
+
+def _execute(experiment: Experiment, trial: bool, runs: Path, data_root: Path | None, *callbacks: Callback) -> bool:
     data = _data(experiment.data, data_root)
     run = RunDirectory.of(runs, experiment.name, experiment.yaml(), data.fingerprint)
     quiet = Console(quiet=True)
     try:
         if not trial:
-            train(experiment, data, runs, quiet)
+            train(experiment, data, runs, quiet, callbacks=callbacks)
         else:
-            select(experiment, data, runs, quiet)
+            select(experiment, data, runs, quiet, callbacks=callbacks)
             outcome = {"learning_rate": experiment.optim.lr, "cross_entropy": _loss(run, experiment)}
             write_json(run.path / _TRIAL, outcome)
     except RunHeld:

@@ -7,7 +7,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,11 +50,13 @@ def train(
     *,
     retry: bool = False,
     overwrite: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> RunDirectory:
     """Train, let validation pick the checkpoint, rank the test targets once, and write everything down.
 
     A finished run is returned as it is, a partial one goes on from its last checkpoint, a failed one is run again
-    only with `retry`; `overwrite` starts from nothing. A failure leaves its traceback in `FAILED`.
+    only with `retry`; `overwrite` starts from nothing. A failure leaves its traceback in `FAILED`. `callbacks` are told
+    of the training beside its own.
     """
     run = RunDirectory.of(runs_dir, experiment.name, experiment.yaml(), data.fingerprint)
     match "new" if overwrite else run.state:
@@ -69,11 +71,13 @@ def train(
         _check_monitor(experiment, data)
     parts = _build(experiment, data, choose_device(experiment.trainer))
     with _at_work(run, experiment, overwrite):
-        _train(experiment, data, parts, run, console)
+        _train(experiment, data, parts, run, console, callbacks)
     return run
 
 
-def select(experiment: Experiment, data: Data, runs_dir: Path, console: Console) -> float:
+def select(
+    experiment: Experiment, data: Data, runs_dir: Path, console: Console, *, callbacks: Sequence[Callback] = ()
+) -> float:
     """Train without a look at any test target; gives the value of `trainer.monitor` at the chosen checkpoint.
 
     The run is left unfinished: `train` takes it up behind its training. A finished or cut off run is taken as `train`
@@ -89,7 +93,7 @@ def select(experiment: Experiment, data: Data, runs_dir: Path, console: Console)
     with _at_work(run, experiment):
         if experiment.counts:
             return _validate(experiment, data, parts)
-        return float(_fit(experiment, data, parts, run, console)["value"])
+        return float(_fit(experiment, data, parts, run, console, callbacks)["value"])
 
 
 @contextlib.contextmanager
@@ -219,7 +223,14 @@ def _build(experiment: Experiment, data: Data, device: torch.device) -> _Parts:
     return _Parts(device, model, loss, negatives)
 
 
-def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, console: Console) -> None:
+def _train(
+    experiment: Experiment,
+    data: Data,
+    parts: _Parts,
+    run: RunDirectory,
+    console: Console,
+    callbacks: Sequence[Callback],
+) -> None:
     """Of a run that goes on, `started` is of the last session; the seconds count the epochs of earlier ones too."""
     started = datetime.now(UTC)
     clock = time.perf_counter() - sum(record["seconds"] for record in run.read_log())
@@ -237,7 +248,7 @@ def _train(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory,
         selection = None
         _save_counts(experiment, model, run)
     else:
-        selection = _fit(experiment, data, parts, run, console)
+        selection = _fit(experiment, data, parts, run, console, callbacks)
     seconds_to_train = time.perf_counter() - clock
 
     evaluation = evaluate_model(model, experiment, data, experiment.eval, "test", device)
@@ -304,7 +315,14 @@ def _check_monitor(experiment: Experiment, data: Data) -> None:
         )
 
 
-def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, console: Console) -> dict[str, Any]:
+def _fit(
+    experiment: Experiment,
+    data: Data,
+    parts: _Parts,
+    run: RunDirectory,
+    console: Console,
+    further: Sequence[Callback],
+) -> dict[str, Any]:
     """Train to the end or to early stopping; leaves the weights of the best epoch in the model."""
     config, device = experiment.trainer, parts.device
     catalog = data.catalog.to(device)
@@ -369,7 +387,7 @@ def _fit(experiment: Experiment, data: Data, parts: _Parts, run: RunDirectory, c
             max_epochs=config.epochs,
             check_val_every_n_epoch=config.validate_every,
             gradient_clip_val=config.gradient_clip,
-            callbacks=[*callbacks, best, last],
+            callbacks=[*further, *callbacks, best, last],
             plugins=[AtomicCheckpoints()],
             logger=TensorBoardLogger(run.path, name="", version="tensorboard") if config.tensorboard else False,
             enable_progress_bar=False,

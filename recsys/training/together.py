@@ -1,0 +1,296 @@
+"""Runs that differ in numbers alone (the learning rate), trained as one: their models make a single pass, stacked.
+
+Each is a whole run of its own, with its trainer, log, checkpoints and end. They take turns, so that one works at a
+time, and wait for each other where a step is due. Then the weights are stacked, one pass of the model goes over all of
+them, and each gets the loss and the gradients of its own. Nothing of the stack outlives the step: a run that ends,
+fails or is cut off leaves what it would have left alone, and goes on alone or with others.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
+
+from recsys.training.module import SequentialModule
+from recsys.training.objective import StepLoss, StepObjective, answer_losses, pose
+from recsys.training.run import quiet_lightning
+from recsys.types import Batch, Objective, Recommender
+
+Result = TypeVar("Result")
+
+_PAUSE = 0.5
+"""Seconds between two looks for an interrupt, which the system may give to any thread."""
+
+
+class Stopped(BaseException):
+    """The runs are ended from outside; no failure of any of them."""
+
+
+def train_together(runs: Sequence[Callable[["Member"], Result]]) -> list[Result]:
+    """Calls each with the callback that its trainer has to be given; gives what they return.
+
+    The runs must agree in all but their optimizer, or a pass would not be the same for all. An error of one leaves the
+    others to their end and is raised after it, the first of several.
+    """
+    group = _Group(len(runs))
+    outcomes: list[Result | BaseException] = [Stopped()] * len(runs)
+    threads = torch.get_num_threads()
+
+    def work(member: Member, run: Callable[[Member], Result]) -> None:
+        member.turn.acquire()
+        torch.set_num_threads(threads)  # it is a thread's own
+        try:
+            outcomes[member.index] = run(member)
+        except BaseException as error:
+            outcomes[member.index] = error
+        finally:
+            group.hand_on()
+
+    workers = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(group.members, runs, strict=True)]
+    with quiet_lightning():  # here, as what threads that take turns put back on their way out is not what was there
+        for worker in workers:
+            worker.start()
+        try:
+            group.hand_on()
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(_PAUSE)
+        except BaseException:
+            group.stopped = True
+            for worker in workers:
+                worker.join()
+            raise
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return cast("list[Result]", outcomes)
+
+
+class Member(pl.Callback):
+    """A run of a group: asks the group for the loss of each step in place of its own objective."""
+
+    def __init__(self, group: "_Group", index: int) -> None:
+        self.group = group
+        self.index = index
+        self.turn = threading.Semaphore(0)
+        self.step = 0
+        self.batch: Batch | None = None
+        """Of the step that is waited for."""
+        self.answer: StepLoss | Exception | None = None
+        self.coins: list[Tensor] = []
+        """The state of what its dropout draws from: it is that of the process, which others use meanwhile."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, SequentialModule)
+        self.trainer = trainer
+        self.own: StepObjective = pl_module.objective
+        assert self.own.balance is None, "a balance looks into the step of one model"
+        assert self.own.alignment_penalty is None, "a penalty looks into the step of one model"
+        self.posed = _Posed(self.own.model)
+        self.weights = tuple(self.posed.parameters())
+        cast("Any", pl_module).objective = self.objective
+
+    def objective(self, batch: Batch) -> StepLoss:
+        if self.group.apart:
+            return self.own(batch)
+        self.step, self.batch = self.trainer.global_step, batch
+        self.keep_coins()
+        self.group.wait(self)
+        self.take_coins()
+        answer, self.answer = self.answer, None
+        if isinstance(answer, Exception):
+            raise answer
+        assert answer is not None
+        return answer
+
+    def alone(self, batch: Batch) -> StepLoss | Exception:
+        self.take_coins()
+        try:
+            return self.own(batch)
+        except Exception as error:
+            return error
+        finally:
+            self.keep_coins()
+
+    def keep_coins(self) -> None:
+        device = self.weights[0].device
+        self.coins = [torch.get_rng_state(), self.own.generator.get_state()]
+        if device.type == "cuda":
+            self.coins.append(torch.cuda.get_rng_state(device))
+
+    def take_coins(self) -> None:
+        process, own, *of_device = self.coins
+        torch.set_rng_state(process)
+        self.own.generator.set_state(own)
+        for state in of_device:
+            torch.cuda.set_rng_state(state, self.weights[0].device)
+
+
+class _Group:
+    """Whose turn it is. A member's turn ends where it waits for its step, and with its run."""
+
+    def __init__(self, size: int) -> None:
+        self.members = [Member(self, index) for index in range(size)]
+        self.ready = list(self.members)
+        """Those that can go on."""
+        self.stopped = False
+        self.apart = False
+        """Their models do not stack: from here on each runs to its end by itself."""
+
+    def hand_on(self) -> None:
+        """To a member that can go on; where all wait, to one that waits at the earliest step."""
+        waiting = [member for member in self.members if member.batch is not None]
+        if self.ready:
+            self.ready.pop(0).turn.release()
+        elif waiting:
+            min(waiting, key=lambda member: member.step).turn.release()
+
+    def wait(self, member: Member) -> None:
+        """Until the member has its answer; where all wait, the members at its step get theirs here."""
+        self.hand_on()
+        member.turn.acquire()
+        if self.stopped:
+            raise Stopped
+        if member.batch is not None:
+            members = [other for other in self.members if other.batch is not None and other.step == member.step]
+            self._advance(members, member.batch)
+            self.ready += [other for other in members if other is not member]
+
+    def _advance(self, members: list[Member], batch: Batch) -> None:
+        for member in members:
+            assert member.batch is not None
+            assert torch.equal(member.batch.items, batch.items), "runs that are trained as one see the same batches"
+        for member in members:
+            member.batch = None
+        if len(members) > 1 and not self.apart:
+            try:
+                _stacked_step(members, batch)
+            except _DoesNotStack as error:
+                self.apart = True
+                print(f"{len(members)} runs go on one after another: {error}", file=sys.stderr)
+            except Exception as error:  # of the step that is theirs together, for want of memory perhaps
+                for member in members:
+                    member.answer = error
+        for member in members:
+            if member.answer is None:
+                member.answer = member.alone(batch)
+
+
+class _DoesNotStack(Exception):
+    """A model with an operation that cannot go over stacked weights."""
+
+
+class _Posed(nn.Module):
+    """What a model answers in training as a `forward`, which is what stacked weights can be put under."""
+
+    objective: Objective
+    """Of the last pass; its tensors are those of no single model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.names = [name for name, _ in self.named_parameters()]
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        self.objective = pose(self.model, batch, generator)
+        table = cast("Recommender", self.model).item_embeddings()
+        return [hidden for _, hidden in self.objective.answers], table, [*self.objective.terms.values()]
+
+    def stacked(
+        self, weights: Sequence[Tensor], batch: Batch, generator: torch.Generator
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """Answers, item table and further terms of all models, whose parameters are stacked along a first axis."""
+
+        def one(*own: Tensor) -> Any:
+            return functional_call(self, dict(zip(self.names, own, strict=True)), (batch, generator))
+
+        with _FoldedAttention():
+            return cast("Any", vmap(one, randomness="same")(*weights))
+
+
+def _stacked_step(members: Sequence[Member], batch: Batch) -> None:
+    """Gives every member its answer. Raises _DoesNotStack, with no answer, where the model's pass cannot be made."""
+    first = members[0]
+    stacked = [
+        torch.stack([weight.detach() for weight in weights]).requires_grad_(weights[0].requires_grad)
+        for weights in zip(*(member.weights for member in members), strict=True)
+    ]
+    first.take_coins()
+    try:
+        hidden, table, terms = first.posed.stacked(stacked, batch, first.own.generator)
+    except Exception as error:
+        raise _DoesNotStack(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    first.keep_coins()
+    asked = first.posed.objective
+    losses: list[Tensor] = []
+    for index, member in enumerate(members):
+        own, member.coins = member.own, first.coins
+        answers = tuple((weight, states[index]) for (weight, _), states in zip(asked.answers, hidden, strict=True))
+        further = {name: term[index] for name, term in zip(asked.terms, terms, strict=True)}
+        try:
+            parts = answer_losses(Objective(asked.batch, answers, further), table[index], own.loss, own.negatives)
+        except Exception as error:
+            member.answer = error
+            continue
+        loss = torch.stack([*parts, *further.values()]).sum()
+        losses.append(loss)
+        member.answer = StepLoss(loss.detach(), {name: v.detach() for name, v in ({"loss": loss} | further).items()})
+    if not losses:
+        return
+    trained = [weight for weight in stacked if weight.requires_grad]
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), trained, allow_unused=True)
+    for index, member in enumerate(members):
+        if isinstance(member.answer, StepLoss):
+            own_gradients = [None if gradient is None else gradient[index] for gradient in gradients]
+            weights = [weight for weight in member.weights if weight.requires_grad]
+            loss = _Known.apply(member.answer.loss, own_gradients, *weights)
+            member.answer = StepLoss(loss, member.answer.values)
+
+
+class _Known(Function):
+    """A loss whose gradients are there before it is descended."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *weights: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *gradients
+
+
+class _FoldedAttention(TorchFunctionMode):
+    """Attention of stacked models as more rows of one; vmap alone would go through them one by one on a CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args, kwargs["attn_mask"])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        raise AssertionError("only stacked models come here")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        size = info.batch_size
+        query, key, value, mask = (
+            (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+            for x, dim in zip(inputs, in_dims, strict=True)
+        )
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).unflatten(0, (size, -1)), 0
