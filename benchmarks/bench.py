@@ -32,6 +32,8 @@ from recsys.training.environment import describe_environment
 
 HERE = Path(__file__).parent
 MATMUL = ("ours", "matmul")
+RELEASED = "abxi"
+"""A clone of the authors' repository in the folder of the peers; it is in no registry, so its cases run where it is."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Case:
 
 CASES = [
     Case("ABXI step", "targets", "abxi", ("ours", "abxi_naive"), "the same equations, padded and gathered", "≥ 12x"),
+    Case("ABXI step", "targets", "abxi", (RELEASED, "step"), "the released code", "≥ 12x", 3),
     Case(
         "SASRec softmax, d 256, 2 blocks", "targets", "sasrec_256", ("rectools", "rectools_sasrec"), "RecTools", "≥ 8x"
     ),
     Case("SASRec softmax, d 64, 2 layers", "targets", "sasrec_64", ("recbole", "recbole_sasrec"), "RecBole", "≥ 12x"),
     Case("SASRec softmax, d 64, 2 blocks", "targets", "sasrec_64", ("replay", "replay_sasrec"), "RePlay", ""),
     Case("exact ranking of all test users", "users", "ranking", ("ours", "ranking_naive"), "999 gathered", "≥ 10x", 3),
+    Case("exact ranking of all test users", "users", "ranking", (RELEASED, "ranking"), "the released code", "≥ 10x", 3),
     Case("step with full softmax", "share", "roofline_full", None, "matrix products", "≥ 80 %", 5),
     Case("step with shared negatives", "share", "roofline_shared", None, "matrix products", "≥ 65 %"),
     Case("step with negatives per position", "share", "roofline_per_position", None, "matrix products", "≥ 45 %"),
@@ -96,6 +100,8 @@ class Contender:
 def start(environment: str, name: str, peers: Path, folder: Path, threads: int) -> Contender:
     if environment == "ours":
         command = [sys.executable, str(HERE / "ours.py"), name]
+    elif environment == RELEASED:
+        command = [sys.executable, str(HERE / "peers" / "released_abxi.py"), str(peers / RELEASED), name]
     else:
         command = [str(peers / environment / "bin" / "python"), str(HERE / "peers" / f"{name}.py"), str(folder)]
     settings = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
@@ -219,11 +225,16 @@ def main() -> None:
     for case in cases:
         if arguments.rounds:
             case = Case(**{**case.__dict__, "rounds": arguments.rounds})
-        if case.other is not None and case.other[0] != "ours":
+        if case.other is not None and case.other[0] == RELEASED and not (arguments.peers / RELEASED).is_dir():
+            console.print(f"{case.name}, {case.label}: left out; clone it to {arguments.peers / RELEASED}")
+            continue
+        if case.other is not None and case.other[0] not in ("ours", RELEASED):
             make_environment(arguments.peers.resolve(), case.other[0])
         results.append(run_case(case, arguments.peers.resolve(), folder, arguments.threads, console) | about)
         keep(results[-1], path)
     rows = table_of(results)
+    if not rows:
+        return
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*row.values())

@@ -389,7 +389,8 @@ def sampled_logits(
 
 
 class _SampledLogits(Function):
-    """On CPU a sampled dense-dense product (the items are a CSR matrix's pattern), elsewhere gathered by chunks."""
+    """On CPU a sampled dense-dense product (the items are a CSR matrix's pattern) and bags of weighted rows for its
+    gradients, elsewhere gathered by chunks."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor, items: Tensor) -> Tensor:
@@ -409,11 +410,10 @@ class _SampledLogits(Function):
         wants_hidden, wants_table, _ = ctx.needs_input_grad
         d_hidden = d_table = None
         if _sparse_applies(hidden, table, items):
-            values = grad.flatten()
             if wants_hidden:
-                d_hidden = _rows_to_csr(items, values, num_columns=len(table)) @ table
+                d_hidden = F.embedding_bag(items.int(), table, mode="sum", per_sample_weights=grad)
             if wants_table:
-                d_table = _columns_to_csr(items, values, num_columns=len(table)) @ hidden
+                d_table = _bags_of_items(items, grad, hidden, num_items=len(table))
             return d_hidden, d_table, None
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_table = torch.zeros_like(table) if wants_table else None
@@ -424,6 +424,21 @@ class _SampledLogits(Function):
                 outer = grad[chunk, :, None] * hidden[chunk, None]
                 d_table.index_add_(0, items[chunk].flatten(), outer.flatten(0, 1))
         return d_hidden, d_table, None
+
+
+def _bags_of_items(
+    items: Int[Tensor, "positions candidates"],
+    weights: Float[Tensor, "positions candidates"],
+    hidden: Float[Tensor, "positions d_model"],
+    *,
+    num_items: int,
+) -> Float[Tensor, "items d_model"]:
+    """For each item the sum of weight times hidden over the entries where it stands."""
+    flat = items.flatten().int()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=num_items)
+    positions, starts = (order // items.shape[1]).int(), (counts.cumsum(0) - counts).int()
+    return F.embedding_bag(positions, hidden, starts, mode="sum", per_sample_weights=weights.flatten()[order])
 
 
 def _sparse_applies(hidden: Tensor, table: Tensor, items: Tensor) -> bool:
@@ -455,11 +470,3 @@ def _rows_to_csr(items: Tensor, values: Tensor, *, num_columns: int) -> Tensor:
     """The positions x items matrix with one entry per element of `items`."""
     starts = torch.arange(len(items) + 1) * items.shape[1]
     return _csr(starts, items.flatten(), values, (len(items), num_columns))
-
-
-def _columns_to_csr(items: Tensor, values: Tensor, *, num_columns: int) -> Tensor:
-    """Its transpose. Sorting the entries costs less than the library's product with a transposed matrix."""
-    columns = items.flatten().int()
-    order = torch.argsort(columns, stable=True)
-    starts = F.pad(torch.bincount(columns, minlength=num_columns).cumsum(0), (1, 0))
-    return _csr(starts, order // items.shape[1], values[order], (num_columns, len(items)))
