@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from recsys.loading import Config
 from recsys.models.attention import CrossConfig, MultiHeadAttention, check_heads
@@ -241,8 +243,28 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, h: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
-        gate, value = self.gate_and_value(h).chunk(2, dim=-1)
-        return self.output(F.silu(gate) * value)
+        return self.output(_GatedSilu.apply(self.gate_and_value(h)))
+
+
+class _GatedSilu(Function):
+    """silu(gate) * value of the two halves; its gradient is written where both lie, and nothing is joined again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_value)
+        gate, value = gate_and_value.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_and_value,) = ctx.saved_tensors
+        gate, value = gate_and_value.chunk(2, dim=-1)
+        both = torch.empty_like(gate_and_value)
+        d_gate, d_value = both.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=d_value)
+        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=d_gate)
+        return both
 
 
 class LowRank(nn.Module):
