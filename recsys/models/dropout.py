@@ -16,7 +16,8 @@ class Dropout(nn.Module):
     """Zeroes each coordinate with probability `p` in training and scales the others by 1 / (1 - p).
 
     On a CPU four coordinates share a 64-bit draw, so that `p` is kept to the nearest 1/65,536, and scaled by what it
-    is. Elsewhere, and in a compiled step, it is torch's own. Draws come from torch's default generator, as those of `nn.Dropout`.
+    is. Elsewhere, and in a compiled step, it is torch's own. Draws come from torch's default generator, as those of
+    `nn.Dropout`.
     """
 
     def __init__(self, p: float) -> None:
@@ -29,37 +30,36 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return F.dropout(x, self.p)
-        kept = min(max(round((1 - self.p) * COINS), 1), COINS - 1)
-        return _CoinDropout.apply(x, _coins(x, kept), COINS / kept)
+        return _CoinDropout.apply(x, self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
-def _coins(x: Float[Tensor, "*shape"], kept: int) -> Bool[Tensor, "*shape"]:
+def coins(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
+    """What a `Dropout` multiplies its input with in training, drawn as it draws it; one toss for all that vmap maps."""
+    if x.device.type != "cpu":
+        return F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), p)
+    mask, scale = _toss(x, p)
+    return mask.to(x.dtype) * scale
+
+
+def _toss(x: Float[Tensor, "*shape"], p: float) -> tuple[Bool[Tensor, "*shape"], float]:
+    """Which coordinates are kept, and what these are scaled by."""
+    kept = min(max(round((1 - p) * COINS), 1), COINS - 1)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    coins = draws.view(torch.int16)[: x.numel()].view(x.shape)
-    return coins < kept - COINS // 2
+    return draws.view(torch.int16)[: x.numel()].view(x.shape) < kept - COINS // 2, COINS / kept
 
 
 class _CoinDropout(Function):
     @staticmethod
-    def forward(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-        return torch.ops.aten.native_dropout_backward(x, mask, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, mask, ctx.scale = inputs
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        mask, ctx.scale = _toss(x, p)
         ctx.save_for_backward(mask)
+        return torch.ops.aten.native_dropout_backward(x, mask, ctx.scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None, None], x: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, int]:
-        """Models that run as one toss the same coins."""
-        x = x.movedim(in_dims[0], 0)
-        return _CoinDropout.apply(x, mask.expand_as(x), scale), 0
+        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None

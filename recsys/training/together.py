@@ -6,6 +6,7 @@ them, and each gets the loss and the gradients of its own. Nothing of the stack 
 fails or is cut off leaves what it would have left alone, and goes on alone or with others.
 """
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch.autograd import Function
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
+from recsys.models.dropout import Dropout, coins
 from recsys.training.module import SequentialModule
 from recsys.training.objective import StepLoss, StepObjective, answer_losses, pose
 from recsys.training.run import quiet_lightning
@@ -189,15 +191,24 @@ class _DoesNotStack(Exception):
 
 
 class _Posed(nn.Module):
-    """What a model answers in training as a `forward`, which is what stacked weights can be put under."""
+    """What a model answers in training as a `forward`, which is what stacked weights can be put under.
+
+    It holds a copy of the model that shares all tensors with it and has other modules where vmap is slow.
+    """
 
     objective: Objective
     """Of the last pass; its tensors are those of no single model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
-        self.names = [name for name, _ in self.named_parameters()]
+        self.model = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+        for module in [*self.model.modules()]:
+            for name, part in module.named_children():
+                if isinstance(part, Dropout):
+                    setattr(module, name, _SharedDropout(part.p))
+        order = {id(weight): index for index, weight in enumerate(model.parameters())}
+        named = self.named_parameters(remove_duplicate=False)
+        self.places = {name: order[id(weight)] for name, weight in named}
 
     def forward(self, batch: Batch, generator: torch.Generator) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         self.objective = pose(self.model, batch, generator)
@@ -210,10 +221,22 @@ class _Posed(nn.Module):
         """Answers, item table and further terms of all models, whose parameters are stacked along a first axis."""
 
         def one(*own: Tensor) -> Any:
-            return functional_call(self, dict(zip(self.names, own, strict=True)), (batch, generator))
+            values = {name: own[index] for name, index in self.places.items()}
+            return functional_call(self, values, (batch, generator), tie_weights=False)
 
         with _FoldedAttention():
             return cast("Any", vmap(one, randomness="same")(*weights))
+
+
+class _SharedDropout(nn.Module):
+    """The coins of a `Dropout`, tossed once for all models."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.p == 0 else x * coins(x, self.p)
 
 
 def _stacked_step(members: Sequence[Member], batch: Batch) -> None:
