@@ -70,6 +70,7 @@ def draw_trajectory(probes: pa.Table, path: Path) -> None:
     table = moments.pivot(index="unit", columns="step", values="value")
     epochs = moments.drop_duplicates("step", keep="last").set_index("step")["epoch"]
     best = rows[rows["label"] == "best"]["step"]
+    per_epoch = int(epochs.index[-1]) / max(int(epochs.iloc[-1]), 1)
 
     def draw(figure: "Figure") -> None:
         from matplotlib.colors import TwoSlopeNorm
@@ -82,7 +83,7 @@ def draw_trajectory(probes: pa.Table, path: Path) -> None:
             dark = abs(values[row, column]) > 0.6 * reach
             text = "–" if np.isnan(values[row, column]) else f"{2 ** values[row, column]:.2f}"
             axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else _INK)
-        names = ["start" if step == 0 else f"{epochs[step]}" for step in table.columns]
+        names = [_moment(int(step), int(epochs[step]), per_epoch) for step in table.columns]
         axis.set_xticks(range(len(names)), names)
         axis.set_yticks(range(len(table)), table.index)
         axis.set_xlabel("epoch")
@@ -95,6 +96,13 @@ def draw_trajectory(probes: pa.Table, path: Path) -> None:
         bar.set_ticks(ticks.tolist(), labels=[f"{2**tick:.2f}" for tick in ticks])
 
     _save(draw, path, (2.8 + 0.55 * table.shape[1], 1.6 + 0.45 * len(table)))
+
+
+def _moment(step: int, epoch: int, per_epoch: float) -> str:
+    """An epoch by its number where it ends there; else the step."""
+    if step == 0:
+        return "start"
+    return f"{epoch}" if step == round(epoch * per_epoch) else f"step\n{step}"
 
 
 def draw_energy(probes: pa.Table, path: Path, label: str = "best") -> None:
