@@ -14,7 +14,7 @@ demo: $(READY)  ## train a cross-domain model on built-in data, in a minute or t
 	$(RUN)python train.py
 
 test: $(READY)  ## run the tests (those on public datasets where RECSYS_DATA names a folder that has them)
-	$(RUN)python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: $(READY)  ## check style
 	$(RUN)ruff check .
