@@ -85,6 +85,11 @@ class TrainerConfig(Config):
     gradient_clip: float | None = Field(1.0, gt=0)
     """Largest norm of the gradient; null leaves it."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    tf32: bool = False
+    """fp32 products on a GPU in TF32 (10 bits of mantissa), in training and its validations."""
+    compile: Literal["default", "reduce-overhead"] | None = None
+    """Compile the model's pass in a step (`torch.compile`; `reduce-overhead` records CUDA graphs). Batches are padded
+    to at most four widths, and every domain's stream to that of the whole history. null does not."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensorboard: bool = False
     """Also log for TensorBoard (needs the extra `tensorboard`)."""
@@ -146,6 +151,10 @@ class Experiment(Config):
             raise ValueError(
                 f"alignment_penalty: this {self.model.name!r} has no exchange to press on; "
                 "give it a `cross` or set the key to null"
+            )
+        if self.alignment_penalty is not None and self.trainer.compile is not None:
+            raise ValueError(
+                "trainer.compile: alignment_penalty reads inside the model's pass; set one of them to null"
             )
         needs = self.loss is not None and self.loss.needs_negatives
         if needs and self.negatives is None:

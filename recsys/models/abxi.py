@@ -243,7 +243,11 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, h: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
-        return self.output(_GatedSilu.apply(self.gate_and_value(h)))
+        both = self.gate_and_value(h)
+        if torch.compiler.is_compiling():  # which fuses the plain form, and cannot take in the other
+            gate, value = both.chunk(2, dim=-1)
+            return self.output(F.silu(gate) * value)
+        return self.output(_GatedSilu.apply(both))
 
 
 class _GatedSilu(Function):

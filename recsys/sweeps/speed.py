@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from recsys.data.batches import TrainBatches
 from recsys.evaluation import rank_full
 from recsys.experiment import Data, Experiment, build_model
-from recsys.training.objective import StepObjective
-from recsys.training.run import choose_device, eval_batches, make_scorer
+from recsys.training.objective import StepObjective, compile_pass
+from recsys.training.run import choose_device, eval_batches, make_scorer, train_batches
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,7 @@ def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: in
     """Trains a model that is thrown away for one step that is not timed and `steps` that are."""
     device = choose_device(experiment.trainer)
     config = experiment.trainer
-    batches = TrainBatches(
-        data.sequences,
-        data.split,
-        max_len=experiment.data.max_len,
-        batch_size=config.batch_size,
-        seed=0,
-        device=device,
-        domain=experiment.data.domain,
-        windows=experiment.data.windows,
-        length_pool=config.length_pool,
-    )
+    batches = train_batches(experiment, data, device, seed=0)
     sampled = batches.sample(steps + 1)
     catalog = data.catalog.to(device)
     assert experiment.loss is not None
@@ -63,6 +52,7 @@ def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: in
         torch.Generator(device).manual_seed(0),
         balance=None if experiment.balance is None else experiment.balance.build(),
         alignment_penalty=experiment.alignment_penalty,
+        compiled=compile_pass(model, config.compile),
     )
 
     def step(index: int) -> None:

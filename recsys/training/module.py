@@ -1,6 +1,6 @@
 """The one LightningModule: it composes a model, a loss, a sampler and an optimizer, and knows none of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -43,9 +43,10 @@ class SequentialModule(pl.LightningModule):
         config: str,
         balance: Pareto | None = None,
         alignment_penalty: float | None = None,
+        compiled: Callable[[Batch], Tensor] | None = None,
     ) -> None:
-        """`config` goes into every checkpoint, to tell which experiment it belongs to. `balance` and
-        `alignment_penalty` are those of `StepObjective`.
+        """`config` goes into every checkpoint, to tell which experiment it belongs to. `balance`, `alignment_penalty`
+        and `compiled` are those of `StepObjective`; validation and checkpoints know the model alone.
         """
         super().__init__()
         self.model = model
@@ -59,7 +60,7 @@ class SequentialModule(pl.LightningModule):
         self.seed = seed
         self.config = config
         self.generator = torch.Generator(catalog.item_domain.device)
-        self.objective = StepObjective(model, loss, negatives, self.generator, balance, alignment_penalty)
+        self.objective = StepObjective(model, loss, negatives, self.generator, balance, alignment_penalty, compiled)
 
     @property
     def recommender(self) -> Recommender:

@@ -1,8 +1,8 @@
 """What a training step descends: how a model's states become one number, for whoever drives the steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +36,16 @@ class StepObjective:
     """Weighs the loss against the model's further terms; None adds them as they are."""
     alignment_penalty: float | None = None
     """Weighs mean cos² between query and output of the cross-attentions, untouched by a balance; None adds nothing."""
+    compiled: Callable[[Batch], Tensor] | None = None
+    """The model's pass as `compile_pass` makes it, taken in place of the model's own; None: the model's own."""
 
     def __call__(self, batch: Batch) -> StepLoss:
         aligned = None
         if self.alignment_penalty is None:
-            objective = pose(self.model, batch, self.generator)
+            objective = pose(self.model, batch, self.generator, self.compiled)
         else:
             with alignment(self.model) as mean_cos2:
-                objective = pose(self.model, batch, self.generator)
+                objective = pose(self.model, batch, self.generator, self.compiled)
                 aligned = mean_cos2()
         table = cast("Recommender", self.model).item_embeddings()
         answers = answer_losses(objective, table, self.loss, self.negatives)
@@ -59,11 +61,44 @@ class StepObjective:
         return StepLoss(loss, values)
 
 
-def pose(model: nn.Module, batch: Batch, generator: torch.Generator) -> Objective:
+def pose(
+    model: nn.Module,
+    batch: Batch,
+    generator: torch.Generator,
+    compiled: Callable[[Batch], Tensor] | None = None,
+) -> Objective:
     """The model's own objective, or its states as the one answer where it has none."""
     if isinstance(model, HasObjective):
         return model.objective(batch, generator)
-    return Objective(batch, ((1.0, cast("Recommender", model)(batch)),), {})
+    return Objective(batch, ((1.0, (compiled or cast("Recommender", model))(batch)),), {})
+
+
+def compile_pass(
+    model: nn.Module, mode: Literal["default", "reduce-overhead"] | None
+) -> Callable[[Batch], Tensor] | None:
+    """The model's pass in one graph for each shape of batch, so batches should come in few (`width_step`).
+
+    Weights stay the model's own. The loss is left out: its products are few and large, and it draws from generators,
+    which no graph can. None for no mode. Raises RunError for a model that has an objective of its own, and, when it
+    is first called, for one that does not fit into one graph.
+    """
+    if mode is None:
+        return None
+    name = type(model).__name__
+    if isinstance(model, HasObjective):
+        raise RunError(f"trainer.compile: {name} has an objective of its own, which is not compiled; set it to null")
+    graph = torch.compile(model, mode=mode, fullgraph=True, dynamic=False)
+
+    def run(batch: Batch) -> Tensor:
+        if batch.items.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return cast("Tensor", graph(batch))
+        except torch._dynamo.exc.Unsupported as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"trainer.compile: {name} does not fit into one graph ({reason}); set it to null") from error
+
+    return run
 
 
 def answer_losses(

@@ -31,12 +31,14 @@ from recsys.evaluation.running import RankingMetrics
 from recsys.experiment import Data, Experiment, TrainerConfig, build_model, load_data
 from recsys.loading import ConfigError, load_yaml
 from recsys.models import count_parameters
+from recsys.probes import find_units
 from recsys.results import RunDirectory, RunError, atomic, fingerprint, write_json, write_text
 from recsys.training.callbacks import EpochLog, EpochProgress
 from recsys.training.checkpoint import AtomicCheckpoints, read_checkpoint, write_checkpoint
 from recsys.training.curve import draw_curve
 from recsys.training.environment import describe_environment
 from recsys.training.module import SequentialModule, require_metric
+from recsys.training.objective import compile_pass
 from recsys.training.throughput import Throughput, flops_per_token, peak_rate
 from recsys.training.trajectory import BEST, Trajectory
 from recsys.types import NegativeSampler, Recommender, Scorer
@@ -165,6 +167,23 @@ def make_scorer(model: nn.Module, experiment: Experiment) -> Scorer:
     if experiment.counts:
         return cast("Scorer", model)
     return DotScorer(cast("Recommender", model), experiment.data.max_len)
+
+
+def train_batches(experiment: Experiment, data: Data, device: torch.device, seed: int) -> TrainBatches:
+    """As the experiment trains on them."""
+    config, max_len = experiment.trainer, experiment.data.max_len
+    return TrainBatches(
+        data.sequences,
+        data.split,
+        max_len=max_len,
+        batch_size=config.batch_size,
+        seed=seed,
+        device=device,
+        domain=experiment.data.domain,
+        windows=experiment.data.windows,
+        length_pool=config.length_pool,
+        width_step=None if config.compile is None else max(16, -(-max_len // 4)),  # at most four graphs
+    )
 
 
 def eval_batches(
@@ -340,18 +359,9 @@ def _fit(
         config=fingerprint(experiment.yaml()),
         balance=None if experiment.balance is None else experiment.balance.build(),
         alignment_penalty=experiment.alignment_penalty,
+        compiled=compile_pass(parts.model, config.compile),
     )
-    batches = TrainBatches(
-        data.sequences,
-        data.split,
-        max_len=experiment.data.max_len,
-        batch_size=config.batch_size,
-        seed=experiment.seed,
-        device=device,
-        domain=experiment.data.domain,
-        windows=experiment.data.windows,
-        length_pool=config.length_pool,
-    )
+    batches = train_batches(experiment, data, device, experiment.seed)
     best = ModelCheckpoint(
         dirpath=run.path,
         filename=run.best.stem,
@@ -372,14 +382,14 @@ def _fit(
         EpochProgress(console, config.monitor, throughput),
     ]
     trajectory = None
-    if experiment.probes is not None:
+    if experiment.probes is not None and find_units(parts.model):  # the baseline of a treatment has nothing to measure
         validation = eval_batches(experiment, data, experiment.eval, "validation", device)
         trajectory = Trajectory(experiment.probes, run.probes, validation, data.catalog.domain_names)
         trajectory.begin(parts.model.to(device))
         callbacks.append(trajectory)
     if config.patience is not None:
         callbacks.append(EarlyStopping(config.monitor, mode="max", patience=config.patience))
-    with quiet_lightning():
+    with quiet_lightning(), matmul_precision("high" if config.tf32 else "highest"):
         trainer = pl.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=1,
@@ -429,6 +439,17 @@ def _stopped_early(run: RunDirectory, config: TrainerConfig) -> bool:
     callbacks = read_checkpoint(run.last)["callbacks"]
     [state] = [state for name, state in callbacks.items() if name.startswith("EarlyStopping")]
     return bool(state["wait_count"] >= config.patience)
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """fp32 products on a GPU within the block, as `torch.set_float32_matmul_precision` names them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def peak_rate(trainer: TrainerConfig, device: torch.device) -> float | None:
     asks for, of a CPU the fp32 rate measured here and now, with the threads that the run has.
     """
     if device.type == "cuda":
-        arithmetic = "bf16" if trainer.precision == "bf16-mixed" else "fp32"
+        arithmetic = "bf16" if trainer.precision == "bf16-mixed" else "tf32" if trainer.tf32 else "fp32"
         return device_peak(torch.cuda.get_device_name(device), arithmetic)
     return matmul_rate(torch.device("cpu"), torch.float32, 1024)
 
@@ -61,10 +61,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: in
 def flops_per_token(experiment: Experiment, catalog: Catalog, batches: TrainBatches) -> float:
     """Operations of a training step for each valid token, counted on one batch of middling length.
 
-    The logits are in it: of all items that the loss compares with a target, or of those it draws.
+    The logits are in it: of all items that the loss compares with a target, or of those it draws. Padding up to the
+    longest history is in it too, padding to one of few shapes is not.
     """
     [batch] = batches.sample(1)
     batch = batch.map(lambda tensor: tensor.cpu())
+    rows, width = batch.mask.any(1), int(batch.mask.sum(1).max())
+    batch = batch.map(lambda tensor: tensor[rows][:, -width:] if tensor.ndim == 2 else tensor[rows])
     flops = count_flops(experiment.model, catalog, batch, _candidates(experiment, catalog, int(batch.mask.sum())))
     return (flops.step + flops.logits_step) / max(int(batch.mask.sum()), 1)
 
