@@ -21,6 +21,8 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         assert d_model % num_heads == 0
         self.num_heads = num_heads
+        # An attribute, for whom another one serves better.
+        self.kernel: Callable[..., Tensor] = F.scaled_dot_product_attention
         self.query = nn.Linear(d_model, d_model)
         self.key_value = nn.Linear(d_model, 2 * d_model)
         self.output = nn.Linear(d_model, d_model)
@@ -46,7 +48,7 @@ class MultiHeadAttention(nn.Module):
         # A softmax over nothing is NaN, forward or backward, depending on the kernel. Such a row looks everywhere
         # instead, and its result is thrown away.
         empty = ~mask.any(dim=-1, keepdim=True)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | empty)[:, None])
+        attended = self.kernel(q, k, v, attn_mask=(mask | empty)[:, None])
         return attended.transpose(1, 2).flatten(2).masked_fill(empty, 0)
 
     def shares(
@@ -64,7 +66,7 @@ class MultiHeadAttention(nn.Module):
         q, k = self._split(self.query(query)), self._split(F.linear(context, key.weight[:d_model], key.bias[:d_model]))
         values = groups[:, None].expand(-1, self.num_heads, -1, -1)  # attending to these adds up the shares
         empty = ~mask.any(dim=-1, keepdim=True)
-        shares = F.scaled_dot_product_attention(q, k, values, attn_mask=(mask | empty)[:, None])
+        shares = self.kernel(q, k, values, attn_mask=(mask | empty)[:, None])
         return shares.mean(dim=1).masked_fill(empty, 0)
 
     def _split(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch heads length width"]:

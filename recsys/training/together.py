@@ -14,12 +14,11 @@ from typing import Any, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.func import functional_call, vmap
-from torch.overrides import TorchFunctionMode
 
+from recsys.models.attention import MultiHeadAttention
 from recsys.models.dropout import Dropout, coins
 from recsys.training.module import SequentialModule
 from recsys.training.objective import StepLoss, StepObjective, answer_losses, pose
@@ -203,6 +202,8 @@ class _Posed(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
         for module in [*self.model.modules()]:
+            if isinstance(module, MultiHeadAttention) and module.query.weight.device.type == "cpu":
+                module.kernel = _attention
             for name, part in module.named_children():
                 if isinstance(part, Dropout):
                     setattr(module, name, _SharedDropout(part.p))
@@ -224,8 +225,7 @@ class _Posed(nn.Module):
             values = {name: own[index] for name, index in self.places.items()}
             return functional_call(self, values, (batch, generator), tie_weights=False)
 
-        with _FoldedAttention():
-            return cast("Any", vmap(one, randomness="same")(*weights))
+        return cast("Any", vmap(one, randomness="same")(*weights))
 
 
 class _SharedDropout(nn.Module):
@@ -292,28 +292,7 @@ class _Known(Function):
         return None, None, *gradients
 
 
-class _FoldedAttention(TorchFunctionMode):
-    """Attention of stacked models as more rows of one; vmap alone would go through them one by one on a CPU."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args, kwargs["attn_mask"])
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(Function):
-    @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        raise AssertionError("only stacked models come here")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
-        size = info.batch_size
-        query, key, value, mask = (
-            (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
-            for x, dim in zip(inputs, in_dims, strict=True)
-        )
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).unflatten(0, (size, -1)), 0
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+    """In steps, each of which vmap makes one of; the CPU's kernel it would run model by model."""
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    return scores.masked_fill(~attn_mask, -torch.inf).softmax(dim=-1) @ value
