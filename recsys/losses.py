@@ -29,6 +29,9 @@ class SoftmaxConfig(Config):
     temperature: PositiveFloat = 1.0
     chunk_positions: PositiveInt = 512
     """Positions whose logits are held at once; memory and speed only."""
+    fused: bool = False
+    """On a GPU: softmax and gradient of a chunk in one kernel (Triton, which comes with torch for CUDA), the products
+    around it in the precision of the step (bf16 under `bf16-mixed`, summed up in fp32). Nothing changes on a CPU."""
 
     needs_negatives: ClassVar[bool] = False
 
@@ -38,6 +41,7 @@ class SoftmaxConfig(Config):
             catalogue=self.catalogue,
             temperature=self.temperature,
             chunk_positions=self.chunk_positions,
+            fused=self.fused,
         )
 
 
@@ -110,11 +114,18 @@ class SoftmaxLoss(nn.Module):
     row: Tensor
 
     def __init__(
-        self, *, catalog: Catalog, catalogue: Literal["domain", "all"], temperature: float, chunk_positions: int
+        self,
+        *,
+        catalog: Catalog,
+        catalogue: Literal["domain", "all"],
+        temperature: float,
+        chunk_positions: int,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.chunk_positions = chunk_positions
+        self.fused = fused
         if catalogue == "domain":
             pools = [catalog.items_of(domain) for domain in range(catalog.num_domains)]
             item_pool, row = catalog.item_domain, catalog.local_index
@@ -134,7 +145,9 @@ class SoftmaxLoss(nn.Module):
         batch: Batch,
         negatives: NegativeSampler | None,
     ) -> Float[Tensor, ""]:
-        with torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        with torch.autocast(device, enabled=False):
             states, table, targets = _predictions(hidden, table, batch)
             if not len(targets):
                 return _zero(states, table)
@@ -149,7 +162,9 @@ class SoftmaxLoss(nn.Module):
                 strict=True,
             )
             totals = [
-                chunked_cross_entropy(part, table.index_select(0, items), rows, self.chunk_positions)
+                fused_cross_entropy(part, table.index_select(0, items), rows, self.chunk_positions, dtype)
+                if self.fused and states.is_cuda
+                else chunked_cross_entropy(part, table.index_select(0, items), rows, self.chunk_positions)
                 for items, part, rows in parts
                 if len(rows)
             ]
@@ -374,6 +389,52 @@ class _ChunkedCrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = (None if made is None else grad * made for made in ctx.saved_tensors)
         return d_hidden, d_weight, None, None
+
+
+def fused_cross_entropy(
+    hidden: Float[Tensor, "positions d_model"],
+    weight: Float[Tensor, "candidates d_model"],
+    targets: Int[Tensor, " positions"],
+    chunk_positions: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, ""]:
+    """`chunked_cross_entropy` of fp32 inputs with the kernel of `recsys.fused` between products in `dtype`."""
+    return _FusedCrossEntropy.apply(hidden, weight, targets, chunk_positions, dtype)
+
+
+class _FusedCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_positions: int, dtype: torch.dtype
+    ) -> Tensor:
+        from recsys.fused import cross_entropy_and_gradient  # Triton is not there on every machine
+
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight)
+        total = hidden.new_zeros(())
+        columns = weight.to(dtype)
+        for start in range(0, len(hidden), chunk_positions):
+            chunk = slice(start, start + chunk_positions)
+            states = hidden[chunk].to(dtype)
+            losses, gradient = cross_entropy_and_gradient(_product(states, columns.t()), targets[chunk], dtype)
+            total += losses.sum()
+            d_hidden[chunk] = _product(gradient, columns)
+            d_weight += _product(gradient.t(), states)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        d_hidden, d_weight = (grad * made for made in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, whatever the precision of the factors."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def sampled_logits(
