@@ -23,7 +23,16 @@ from recsys.evaluation.protocols import (
     among,
     draw_negatives,
 )
-from recsys.evaluation.rank import RankInterval, Ties, cross_entropy, rank, rank_sampled
+from recsys.evaluation.rank import (
+    RankInterval,
+    Ties,
+    at_least_fp32,
+    cross_entropy,
+    hide,
+    rank_sampled,
+    rank_visible,
+    require_finite,
+)
 from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, Seen, Split, ranks_table
 from recsys.evaluation.scorer import DotScorer
 from recsys.evaluation.targets import EvalBatch, Targets
@@ -209,14 +218,17 @@ class _Field:
         catalog: Catalog,
         seen: Seen,
     ) -> "_Field":
+        scores = at_least_fp32(scores)
         target_index = torch.searchsorted(pool, targets.target.contiguous())
         if seen == "none":
             return _Field(scores, target_index, None, scores, targets.user)
         excluded = among(pool, targets.seen, catalog).scatter(1, target_index[:, None], False)
-        return _Field(scores, target_index, excluded, scores.masked_fill(excluded, -torch.inf), targets.user)
+        return _Field(scores, target_index, excluded, hide(scores, excluded), targets.user)
 
     def rank(self) -> tuple[RankInterval, Float[Tensor, " batch"]]:
-        ranks = rank(self.scores, self.target_index, self.excluded, self.users)
+        """Raises NonFiniteScores."""
+        require_finite(self.scores, self.excluded, self.users)
+        ranks = rank_visible(self.visible, self.target_index, self.excluded)
         return ranks, cross_entropy(self.visible, self.target_index)
 
 

@@ -56,16 +56,31 @@ def rank(
     Half precision is raised to fp32 (which cannot undo the ties of a product that was rounded to it).
     Raises NonFiniteScores, naming `users`, if a counted score is NaN or infinite.
     """
-    scores = _at_least_fp32(scores)
+    scores = at_least_fp32(scores)
     if excluded is not None:
         excluded = excluded.scatter(1, target_index[:, None], False)
     require_finite(scores, excluded, users)
-    candidates = torch.full_like(target_index, scores.shape[1], dtype=torch.int64)
+    return rank_visible(hide(scores, excluded), target_index, excluded)
+
+
+def hide(
+    scores: Float[Tensor, "batch candidates"], excluded: Bool[Tensor, "batch candidates"] | None
+) -> Float[Tensor, "batch candidates"]:
+    """-inf where excluded, which is neither above a finite score nor equal to it."""
+    return scores if excluded is None else scores.masked_fill(excluded, -torch.inf)
+
+
+def rank_visible(
+    visible: Float[Tensor, "batch candidates"],
+    target_index: Int[Tensor, " batch"],
+    excluded: Bool[Tensor, "batch candidates"] | None,
+) -> RankInterval:
+    """`rank` of scores that are known to be finite, and hidden where they are excluded."""
+    candidates = torch.full_like(target_index, visible.shape[1], dtype=torch.int64)
     if excluded is not None:
-        candidates -= excluded.sum(1)
-        scores = scores.masked_fill(excluded, -torch.inf)  # neither above a finite score nor equal to it
-    target = scores.gather(1, target_index[:, None])
-    return RankInterval((scores > target).sum(1), (scores == target).sum(1) - 1, candidates)
+        candidates -= _count(excluded)
+    target = visible.gather(1, target_index[:, None])
+    return RankInterval(_count(visible > target), _count(visible == target) - 1, candidates)
 
 
 def rank_sampled(
@@ -81,7 +96,7 @@ def rank_sampled(
     `margin` of the target's tie with it. Raises NonFiniteScores as `rank` does.
     """
     real = negatives != target_index[:, None]
-    scores = _at_least_fp32(scores)
+    scores = at_least_fp32(scores)
     target = scores.gather(1, target_index[:, None])
     rivals = scores.gather(1, negatives)
     require_finite(torch.cat([target, rivals], dim=1), None, users)
@@ -98,9 +113,8 @@ def cross_entropy(
     It means something where scores are logits. It runs in fp64, so that neither the order of the items nor the number
     of rows shows (an exponential in fp32 depends in its last bit on where its element lies in the tensor).
     """
-    scores = scores.double()
-    peak = scores.amax(1, keepdim=True)
-    total = (scores - peak).exp_().sum(1)
+    peak = scores.amax(1, keepdim=True).double()
+    total = torch.sub(scores, peak).exp_().sum(1)
     target = scores.gather(1, target_index[:, None])
     return (total.log() + (peak - target).squeeze(1)).float()
 
@@ -128,5 +142,10 @@ def require_finite(
     )
 
 
-def _at_least_fp32(scores: Tensor) -> Tensor:
+def _count(chosen: Bool[Tensor, "batch candidates"]) -> Int[Tensor, " batch"]:
+    """Of each row; sums of bytes into 64 bits would be copied into them first."""
+    return chosen.sum(1, dtype=torch.int32).long()
+
+
+def at_least_fp32(scores: Float[Tensor, "batch candidates"]) -> Float[Tensor, "batch candidates"]:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
