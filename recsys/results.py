@@ -243,6 +243,18 @@ def find_runs(paths: Iterable[Path]) -> list[RunDirectory]:
     return found
 
 
+def finished_runs(paths: Iterable[Path]) -> list[RunDirectory]:
+    """As `find_runs`, but of a folder the finished ones only. Raises RunError where it has none."""
+    found = []
+    for path in paths:
+        below = find_runs([path])
+        finished = [run for run in below if run.state == "done" or run.path == path]
+        if not finished:
+            raise RunError(f"{path} is not a run directory, and holds none that is finished")
+        found += finished
+    return found
+
+
 def arms_of(runs: Iterable[RunDirectory]) -> dict[str, list[RunDirectory]]:
     """The runs of each arm by its label: runs on the same data whose configs differ in nothing but the seed.
 

@@ -1,5 +1,6 @@
 """`recsys probe`, `intervene`, `correlate`: what the exchange of a run adds, and whether that matters."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,10 @@ Run = Annotated[Path, typer.Argument(help="A finished run of a model with an exc
 
 
 def probe(
-    run: Run,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs of models with an exchange, or folders of runs.", show_default=False),
+    ],
     options: Annotated[
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="How to measure, as in queries=all. Repeatable."),
@@ -23,32 +27,43 @@ def probe(
     """Measure every cross-attention of a run against chance, as it started and as validation picked it.
 
     Writes probes.parquet and its figures into the run. An alignment ratio of 1 is no more than chance. For a claim
-    about new information take the excess over the control: the raw shares are high for an untrained model, too.
+    about new information take the excess over the control: the raw shares are high for an untrained model, too. Of
+    several runs, those without an exchange are passed over.
     """
     with clear_errors():
         from recsys.loading import apply_overrides, parse_config
         from recsys.probes import ProbeConfig
         from recsys.report.probe_figures import draw_cosines, draw_energy, draw_trajectory
         from recsys.report.probes import alignment_frame, contribution_frame
-        from recsys.training.instruments import probe_run
+        from recsys.results import finished_runs
+        from recsys.training.instruments import NoExchange, probe_run
 
         config = parse_config(apply_overrides({}, options or []), ProbeConfig, "--set")
-        directory, table = probe_run(run, data_root, config)
-        figures = {"cosines": draw_cosines, "energy": draw_energy, "alignment": draw_trajectory}
-        for name, draw in figures.items():
-            draw(table, directory.path / f"{name}.png")
-        show(alignment_frame(table), format_)
-        show(contribution_frame(table), format_)
+        found = [run.path for run in finished_runs(runs)]
+        for path in found:
+            try:
+                directory, table = probe_run(path, data_root, config)
+            except NoExchange as error:
+                if len(found) == 1:
+                    raise
+                print(f"passed over: {error}", file=sys.stderr)
+                continue
+            figures = {"cosines": draw_cosines, "energy": draw_energy, "alignment": draw_trajectory}
+            for name, draw in figures.items():
+                draw(table, directory.path / f"{name}.png")
+            show(alignment_frame(table), format_)
+            show(contribution_frame(table), format_)
+            if format_ == "table":
+                screen = console()
+                screen.print(f"numbers  {directory.probes}", highlight=False, soft_wrap=True)
+                for name in figures:
+                    screen.print(f"figure   {directory.path / name}.png", highlight=False, soft_wrap=True)
         if format_ == "table":
-            screen = console()
-            screen.print(
+            console().print(
                 "alignment ratio 1 is chance; isotropic, covariance and at start are the same ratio by other chances",
                 style="dim",
                 highlight=False,
             )
-            screen.print(f"numbers  {directory.probes}", highlight=False, soft_wrap=True)
-            for name in figures:
-                screen.print(f"figure   {directory.path / name}.png", highlight=False, soft_wrap=True)
 
 
 def intervene(
@@ -118,9 +133,13 @@ def correlate(
         from recsys.probes.correlate import correlate as correlations
         from recsys.report.probe_figures import draw_correlation
         from recsys.report.probes import correlation_frame, run_points
-        from recsys.results import find_runs
+        from recsys.results import finished_runs
 
-        points = run_points(find_runs(runs), metric)
+        found = finished_runs(runs)
+        probed = [run for run in found if run.probes.exists() or run.path in runs]
+        if len(probed) < len(found):
+            print(f"passed over: {len(found) - len(probed)} runs that are not probed", file=sys.stderr)
+        points = run_points(probed, metric)
         table = correlations(points, samples, seed)
         shown = correlation_frame(table)
         show(shown, format_)
