@@ -5,8 +5,11 @@ batch is an index computation and a gather per field, widened to int64 on the wa
 copied.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -44,6 +47,7 @@ class TrainBatches:
         windows: Literal["last", "all"] = "last",
         length_pool: int | None = 32,
         width_step: int | None = None,
+        prefetch: int | None = None,
     ) -> None:
         """`windows`: a row of a user's last `max_len` targets; or rows of consecutive targets, the last one full, that
         make each TRAIN event but the user's first a target once. `domain` leaves out the events of the others.
@@ -51,12 +55,18 @@ class TrainBatches:
         `width_step` gives batches few shapes: a width that is a multiple of it (or `max_len`), rows of padding up to
         one more than `batch_size`, and sizes that fit every batch of that shape. None leaves them as they come.
 
+        `prefetch` leaves the events in the host's memory, where a thread gathers so many batches ahead and sends them
+        to the device from pinned memory; None puts all of them on the device.
+
         Raises DataError for an unknown domain.
         """
         assert max_len >= 1
         assert batch_size >= 1
         assert length_pool is None or length_pool >= 1
         assert width_step is None or width_step >= 1
+        assert prefetch is None or prefetch >= 1
+        self._device, self._prefetch = torch.device(device), prefetch
+        device = device if prefetch is None else "cpu"
         keep = (split.role == TRAIN) & _of_domain(sequences, domain)
         self._events = _Events.pack(sequences, keep, device)
         user, start, stop = _windows(self._events.offsets, max_len, windows)
@@ -109,9 +119,38 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         first, self._first, self._next = self._first, 0, self._first
-        for rows in self._order(self._epoch)[first:]:
+        order = self._order(self._epoch)[first:]
+        made = map(self._gather, order) if self._prefetch is None else self._ahead(order, self._prefetch)
+        for batch in made:
             self._next += 1
-            yield self._gather(rows)
+            yield batch
+
+    def _ahead(self, order: Iterable[Tensor], count: int) -> Iterator[Batch]:
+        """The batches, `count` of them made before they are asked for. Nobody waits for the device."""
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+        def make(rows: Tensor) -> tuple[Batch, torch.cuda.Event | None]:
+            batch = self._gather(rows)
+            if stream is None:
+                return batch, None
+            with torch.cuda.stream(stream):
+                sent = replace(batch.map(lambda column: column.pin_memory()), sizes=batch.sizes).to(self._device)
+                arrived = torch.cuda.Event()
+                arrived.record(stream)
+            return sent, arrived
+
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            rest = iter(order)
+            waiting = deque(thread.submit(make, rows) for rows in islice(rest, count))
+            while waiting:
+                batch, arrived = waiting.popleft().result()
+                waiting.extend(thread.submit(make, rows) for rows in islice(rest, 1))
+                if arrived is not None:
+                    current = torch.cuda.current_stream(self._device)
+                    current.wait_event(arrived)
+                    for column in batch.columns().values():
+                        column.record_stream(current)  # its memory is not given away while a step reads it
+                yield batch
 
     def _order(self, epoch: int) -> tuple[Int[Tensor, " batch"], ...]:
         """The rows of each batch of an epoch, on the CPU, where the same seed means the same order for any device."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -80,6 +81,7 @@ class EpochProgress(pl.Callback):
         self._task: TaskID | None = None
         self._started = 0.0
         self._best = float("-inf")
+        self._loss: _OnItsWay | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best}
@@ -112,10 +114,12 @@ class EpochProgress(pl.Callback):
     ) -> None:
         if self._progress is None or self._task is None:
             return
-        if batch_idx % 20 == 0:  # reading the loss waits for the device
+        if batch_idx % 20 == 0:
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            text = f"loss {float(loss):.4f}" if isinstance(loss, Tensor) else ""
-            self._progress.update(self._task, loss=text)
+            self._loss = _OnItsWay(loss) if isinstance(loss, Tensor) else None
+        if self._loss is not None and self._loss.arrived:
+            self._progress.update(self._task, loss=f"loss {self._loss.value:.4f}")
+            self._loss = None
         self._progress.advance(self._task)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -140,6 +144,26 @@ class EpochProgress(pl.Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+class _OnItsWay:
+    """A number that a device sends while the steps go on; nobody waits for it."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._copy = torch.empty((), dtype=number.dtype, pin_memory=number.is_cuda)
+        self._copy.copy_(number.detach(), non_blocking=True)
+        self._sent = None
+        if number.is_cuda:
+            self._sent = torch.cuda.Event()
+            self._sent.record()
+
+    @property
+    def arrived(self) -> bool:
+        return self._sent is None or bool(self._sent.query())
+
+    @property
+    def value(self) -> float:
+        return float(self._copy)
 
 
 def _validated(trainer: pl.Trainer) -> bool:

@@ -183,6 +183,7 @@ def train_batches(experiment: Experiment, data: Data, device: torch.device, seed
         windows=experiment.data.windows,
         length_pool=config.length_pool,
         width_step=None if config.compile is None else max(16, -(-max_len // 4)),  # at most four graphs
+        prefetch=config.prefetch,
     )
 
 

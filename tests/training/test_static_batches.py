@@ -1,5 +1,6 @@
 """Steps without a word from the device: sizes that a batch brings, and batches of few shapes."""
 
+import threading
 from itertools import islice
 from typing import Any
 
@@ -122,6 +123,44 @@ def test_a_static_batch_holds_the_same_rows_in_few_shapes() -> None:
         assert not static.items[rows:].any()
         assert not static.items[:, : static.items.shape[1] - width].any()
     assert shapes <= {(17, width) for width in (4, 8, 12, 13)}
+
+
+def same(left: Batch, right: Batch) -> bool:
+    pairs = zip(left.columns().values(), right.columns().values(), strict=True)
+    return left.sizes == right.sizes and all(torch.equal(one, other.cpu()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 50])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+def test_batches_made_ahead_are_the_same(ahead: int, device: str) -> None:
+    config = experiment("sasrec", "softmax")
+    data = load_data(config.data, None)
+    plain, early = batches(config, data), batches(config, data, device, prefetch=ahead)
+    for _ in range(2):
+        assert all(same(*pair) for pair in zip(plain, early, strict=True))
+    some = iter(early)
+    next(some)
+    assert early.state_dict() == {"epoch": 0, "batch": 1}, "what is made ahead is not given out"
+    before = threading.active_count()
+    some.close()
+    assert threading.active_count() < before
+
+
+def test_an_error_in_the_thread_reaches_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = experiment("sasrec", "softmax")
+    early = batches(config, load_data(config.data, None), prefetch=2)
+    monkeypatch.setattr(early, "_gather", lambda rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(iter(early))
 
 
 @pytest.mark.parametrize(("model", "loss"), CASES)
