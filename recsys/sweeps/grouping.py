@@ -34,5 +34,6 @@ def _shared(job: "Job") -> str:
 
 
 def _stacks(job: "Job") -> bool:
-    """A balance and a penalty look into one model's step, which stacked models do not have."""
-    return job.experiment.balance is None and job.experiment.alignment_penalty is None
+    """A balance and a penalty look into the step of one model, and a compiled pass is that of one model."""
+    experiment = job.experiment
+    return experiment.balance is None and experiment.alignment_penalty is None and experiment.trainer.compile is None

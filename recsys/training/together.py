@@ -10,6 +10,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import pytorch_lightning as pl
@@ -22,7 +23,7 @@ from recsys.models.attention import MultiHeadAttention
 from recsys.models.dropout import Dropout, coins
 from recsys.training.module import SequentialModule
 from recsys.training.objective import StepLoss, StepObjective, answer_losses, pose
-from recsys.training.run import quiet_lightning
+from recsys.training.run import matmul_precision, quiet_lightning
 from recsys.types import Batch, Objective, Recommender
 
 Result = TypeVar("Result")
@@ -56,7 +57,8 @@ def train_together(runs: Sequence[Callable[["Member"], Result]]) -> list[Result]
             group.hand_on()
 
     workers = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(group.members, runs, strict=True)]
-    with quiet_lightning():  # here, as what threads that take turns put back on their way out is not what was there
+    # What runs that take turns put back on their way out is not what was there: it is kept here.
+    with quiet_lightning(), matmul_precision(torch.get_float32_matmul_precision()):
         for worker in workers:
             worker.start()
         try:
@@ -86,8 +88,8 @@ class Member(pl.Callback):
         self.batch: Batch | None = None
         """Of the step that is waited for."""
         self.answer: StepLoss | Exception | None = None
-        self.coins: list[Tensor] = []
-        """The state of what its dropout draws from: it is that of the process, which others use meanwhile."""
+        self.random: list[Tensor] = []
+        self.precision = torch.get_float32_matmul_precision()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, SequentialModule)
@@ -95,44 +97,52 @@ class Member(pl.Callback):
         self.own: StepObjective = pl_module.objective
         assert self.own.balance is None, "a balance looks into the step of one model"
         assert self.own.alignment_penalty is None, "a penalty looks into the step of one model"
-        self.posed = _Posed(self.own.model)
-        self.weights = tuple(self.posed.parameters())
+        assert self.own.compiled is None, "a compiled pass is that of one model"
+        self.weights = tuple(self.own.model.parameters())
         cast("Any", pl_module).objective = self.objective
 
     def objective(self, batch: Batch) -> StepLoss:
         if self.group.apart:
             return self.own(batch)
         self.step, self.batch = self.trainer.global_step, batch
-        self.keep_coins()
+        self.leave()
         self.group.wait(self)
-        self.take_coins()
+        self.enter()
         answer, self.answer = self.answer, None
         if isinstance(answer, Exception):
             raise answer
         assert answer is not None
         return answer
 
+    @cached_property
+    def posed(self) -> "_Posed":
+        return _Posed(self.own.model)
+
     def alone(self, batch: Batch) -> StepLoss | Exception:
-        self.take_coins()
+        """A step of its own."""
+        self.enter()
         try:
             return self.own(batch)
         except Exception as error:
             return error
         finally:
-            self.keep_coins()
+            self.leave()
 
-    def keep_coins(self) -> None:
-        device = self.weights[0].device
-        self.coins = [torch.get_rng_state(), self.own.generator.get_state()]
-        if device.type == "cuda":
-            self.coins.append(torch.cuda.get_rng_state(device))
+    def leave(self) -> None:
+        """Notes what a run has of the process (its coins fall from torch's own generator), before others have it."""
+        self.random = [torch.get_rng_state(), self.own.generator.get_state()]
+        if self.weights[0].device.type == "cuda":
+            self.random.append(torch.cuda.get_rng_state(self.weights[0].device))
+        self.precision = torch.get_float32_matmul_precision()
 
-    def take_coins(self) -> None:
-        process, own, *of_device = self.coins
+    def enter(self) -> None:
+        """Sets the process back to where the run left it."""
+        process, own, *of_device = self.random
         torch.set_rng_state(process)
         self.own.generator.set_state(own)
         for state in of_device:
             torch.cuda.set_rng_state(state, self.weights[0].device)
+        torch.set_float32_matmul_precision(self.precision)
 
 
 class _Group:
@@ -169,6 +179,7 @@ class _Group:
         for member in members:
             assert member.batch is not None
             assert torch.equal(member.batch.items, batch.items), "runs that are trained as one see the same batches"
+            assert torch.equal(member.random[0], members[0].random[0]), "and toss the same coins"
         for member in members:
             member.batch = None
         if len(members) > 1 and not self.apart:
@@ -246,16 +257,16 @@ def _stacked_step(members: Sequence[Member], batch: Batch) -> None:
         torch.stack([weight.detach() for weight in weights]).requires_grad_(weights[0].requires_grad)
         for weights in zip(*(member.weights for member in members), strict=True)
     ]
-    first.take_coins()
+    first.enter()
     try:
         hidden, table, terms = first.posed.stacked(stacked, batch, first.own.generator)
     except Exception as error:
         raise _DoesNotStack(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-    first.keep_coins()
+    first.leave()
     asked = first.posed.objective
     losses: list[Tensor] = []
     for index, member in enumerate(members):
-        own, member.coins = member.own, first.coins
+        own, member.random = member.own, first.random
         answers = tuple((weight, states[index]) for (weight, _), states in zip(asked.answers, hidden, strict=True))
         further = {name: term[index] for name, term in zip(asked.terms, terms, strict=True)}
         try:
