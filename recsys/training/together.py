@@ -264,13 +264,16 @@ def _stacked_step(members: Sequence[Member], batch: Batch) -> None:
         raise _DoesNotStack(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     first.leave()
     asked = first.posed.objective
+    del first.posed.objective
+    parts_of = [table.unbind(), *(stack.unbind() for stack in (*hidden, *terms))]
     losses: list[Tensor] = []
-    for index, member in enumerate(members):
+    for member, (own_table, *own_parts) in zip(members, zip(*parts_of, strict=True), strict=True):
         own, member.random = member.own, first.random
-        answers = tuple((weight, states[index]) for (weight, _), states in zip(asked.answers, hidden, strict=True))
-        further = {name: term[index] for name, term in zip(asked.terms, terms, strict=True)}
+        states, own_terms = own_parts[: len(hidden)], own_parts[len(hidden) :]
+        answers = tuple((weight, state) for (weight, _), state in zip(asked.answers, states, strict=True))
+        further = dict(zip(asked.terms, own_terms, strict=True))
         try:
-            parts = answer_losses(Objective(asked.batch, answers, further), table[index], own.loss, own.negatives)
+            parts = answer_losses(Objective(asked.batch, answers, further), own_table, own.loss, own.negatives)
         except Exception as error:
             member.answer = error
             continue
@@ -284,8 +287,8 @@ def _stacked_step(members: Sequence[Member], batch: Batch) -> None:
     for index, member in enumerate(members):
         if isinstance(member.answer, StepLoss):
             own_gradients = [None if gradient is None else gradient[index] for gradient in gradients]
-            weights = [weight for weight in member.weights if weight.requires_grad]
-            loss = _Known.apply(member.answer.loss, own_gradients, *weights)
+            own_weights = [weight for weight in member.weights if weight.requires_grad]
+            loss = _Known.apply(member.answer.loss, own_gradients, *own_weights)
             member.answer = StepLoss(loss, member.answer.values)
 
 
