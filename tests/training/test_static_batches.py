@@ -1,18 +1,27 @@
 """Steps without a word from the device: sizes that a batch brings, and batches of few shapes."""
 
+import io
 import threading
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recsys.data.batches import TrainBatches
+from recsys.data.batches import TrainBatches, make_catalog
+from recsys.data.sequences import Sequences
+from recsys.data.split import LeaveOneOut, make_split
 from recsys.experiment import Data, Experiment, build_model, load_data
 from recsys.loading import parse_config
+from recsys.models.abxi import ABXIConfig
 from recsys.models.streams import cut_streams
 from recsys.training.objective import StepObjective
+from recsys.training.run import train
 from recsys.types import Batch
 
 SOURCE = {
@@ -186,6 +195,20 @@ def test_loss_and_gradients_are_those_of_the_batch_as_it_comes(model: str, loss:
         torch.testing.assert_close(found[name], found["counted"], rtol=1e-9, atol=1e-12)
 
 
+def test_a_full_history_of_one_domain_leaves_padding_its_place() -> None:
+    """The first row has a place for each of ABXI's table; a slot of padding must not lie behind it."""
+    item_domain = np.array([-1] + [0] * 20 + [1] * 20)
+    items = np.tile(np.arange(1, 17), 3)
+    sequences = Sequences.pack(
+        items, item_domain[items], np.arange(48), np.array([0, 16, 32, 48]), ("a", "b"), item_domain
+    )
+    split = make_split(sequences, LeaveOneOut())
+    model = ABXIConfig(d_model=8).build(make_catalog(sequences, split), 13).eval()
+    options = {"max_len": 13, "batch_size": 4, "seed": 0, "device": "cpu"}
+    [plain], [static] = (list(TrainBatches(sequences, split, **options, width_step=step)) for step in (None, 13))
+    torch.testing.assert_close(model(static)[:3], model(plain))
+
+
 def steps(config: Experiment, device: str, **options: Any) -> None:
     """Two whole steps of training, after one that may make what stays."""
     data = load_data(config.data, None)
@@ -218,6 +241,39 @@ def steps(config: Experiment, device: str, **options: Any) -> None:
 @pytest.mark.parametrize("width_step", [None, 4])
 def test_no_step_waits_for_the_device(model: str, loss: str, width_step: int | None) -> None:
     steps(experiment(model, loss), "cpu", width_step=width_step)
+
+
+class Watch(pl.Callback):
+    """Guards all that happens from the start of a batch to its end, but for the first."""
+
+    def __init__(self) -> None:
+        self.guard: NoWaiting | None = None
+        self.guarded = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx:
+            self.guard = NoWaiting()
+            self.guard.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(None, None, None)
+            self.guard = None
+            self.guarded += 1
+
+
+def test_nothing_around_a_step_waits_either(tmp_path: Path) -> None:
+    trainer = {"epochs": 1, "batch_size": 8, "device": "cpu"}
+    config = parse_config(
+        {**experiment("cross_domain_early", "softmax").model_dump(mode="json"), "trainer": trainer}, Experiment, "test"
+    )
+    watch = Watch()
+    train(config, load_data(config.data, None), tmp_path, Console(file=io.StringIO()), callbacks=[watch])
+    assert watch.guarded > 3
 
 
 def test_the_guard_can_fail() -> None:
