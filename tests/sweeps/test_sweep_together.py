@@ -1,8 +1,14 @@
 """A sweep whose runs are trained as one where they can be."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from recsys.scaling.records import read_table
 from recsys.sweeps.execute import Desk, run_sweep
@@ -69,3 +75,28 @@ def test_what_a_pass_depends_on_keeps_runs_apart(tmp_path, write_sweep):
     for change, sizes in (("set.trainer.epochs=3", [2, 1]), ("set.alignment_penalty=0.1", [1, 1, 1])):
         plan = plan_of(path, change)
         assert [len(own) for own in bundle(Desk(plan, tmp_path / "out").jobs(plan.cells), 8)] == sizes
+
+
+@pytest.mark.slow
+def test_killed_within_a_group_and_started_again(tmp_path, write_sweep):
+    path = write_sweep(tmp_path, **TUNED, arms={"exchange": {}})
+    run(plan_of(path), tmp_path / "apart")
+    command = [sys.executable, "-m", "recsys.cli", "sweep", str(path), "--output", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--set", "together=8"], stdout=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out" / "runs").glob("*/last.ckpt")):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not list((tmp_path / "out" / "runs").glob("*/FAILED"))
+    assert not (tmp_path / "out" / "table.csv").exists()
+    run(plan_of(path, "together=8"), tmp_path / "out")
+    apart, one = (read_table(tmp_path / name).drop(columns="run") for name in ("apart", "out"))
+    pd.testing.assert_frame_equal(one, apart, rtol=NOISE)
