@@ -16,7 +16,7 @@ import torch
 from recsys.evaluation import rank_full
 from recsys.experiment import Data, Experiment, build_model
 from recsys.training.objective import StepObjective, compile_pass
-from recsys.training.run import choose_device, eval_batches, make_scorer, train_batches
+from recsys.training.run import choose_device, eval_batches, make_scorer, matmul_precision, train_batches
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Speed:
 
 
 def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: int = 3) -> Speed:
-    """Trains a model that is thrown away for one step that is not timed and `steps` that are."""
+    """Trains a model that is thrown away for one step that is not timed (where it is compiled, one for each batch) and
+    `steps` that are."""
     device = choose_device(experiment.trainer)
     config = experiment.trainer
     batches = train_batches(experiment, data, device, seed=0)
@@ -57,13 +58,18 @@ def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: in
 
     def step(index: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        objective(sampled[index % len(sampled)]).loss.backward()
+        precision = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed")
+        with matmul_precision("high" if config.tf32 else "highest"):
+            with precision:
+                loss = objective(sampled[index % len(sampled)]).loss
+            loss.backward()
         optimizer.step()
 
-    step(0)
+    for index in range(1 if config.compile is None else len(sampled)):  # a graph for each shape
+        step(index)
     times = sorted(_seconds(partial(step, index), device) for index in range(1, steps + 1))
     seconds, mean = times[len(times) // 2], sum(times) / len(times)
-    rows = sum(len(batch.user) for batch in sampled) / len(sampled)
+    rows = sum(int(batch.mask.any(1).sum()) for batch in sampled) / len(sampled)
     return Speed(
         seconds_per_step=seconds,
         examples_per_second=rows / seconds,
