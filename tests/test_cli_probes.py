@@ -100,7 +100,11 @@ def test_correlate_puts_pooled_and_within_side_by_side(probed: str, run: Path, t
         ratio = pc.if_else(pc.equal(table["measure"], "alignment_ratio"), pa.scalar(2.0 - 0.1 * seed), table["value"])
         pq.write_table(table.set_column(table.schema.get_field_index("value"), "value", ratio), copy / "probes.parquet")
     figure = tmp_path / "points.pdf"
-    output = call("correlate", tmp_path, "--samples", 20, "--figure", figure, "--format", "markdown")
+    points = tmp_path / "points.csv"
+    output = call(
+        "correlate", tmp_path, "--samples", 20, "--figure", figure, "--points", points, "--format", "markdown"
+    )
+    assert len(points.read_text().splitlines()) == 5
     assert "| synthetic | spearman | 4 | 1 | -1.000" in output
     assert "pooled [95 %] | within cells [95 %]" in output
     assert figure.read_bytes().startswith(b"%PDF")

@@ -12,6 +12,7 @@ from recsys.evaluation.protocols import PROTOCOLS
 from recsys.loading import load_yaml
 from recsys.report.laws import laws_frame
 from recsys.report.replication import Published, replicate, replication_frame
+from recsys.report.study import means_frame
 from recsys.report.tables import render, results_frame, seeds_frame
 from recsys.results import find_runs, load
 from recsys.scaling.findings import find
@@ -33,6 +34,7 @@ REPLICATION = [
     "hardware",
     "commit",
 ]
+INTERVENTIONS = ["arm", "seeds", "cross-entropy (validation)", "NDCG@10 (validation)", "NDCG@10 (test)"]
 
 
 def table(name: str) -> str:
@@ -68,9 +70,9 @@ def test_the_replication_is_that_of_the_committed_run() -> None:
 
 
 def test_laws_are_those_of_the_committed_table() -> None:
-    study = studies(read_table(ROOT / "results" / "afk_small"))
+    study = studies(read_table(ROOT / "results" / "afk_laws"))
     findings = find(study, "cross_entropy", ["dense parameters"], compare=("wide_ffn", "exchange"))
-    assert table("afk_small") == render(laws_frame(findings), "markdown").strip()
+    assert table("afk_laws") == render(laws_frame(findings), "markdown").strip()
     assert "share no loss" in findings.refusals[0]
 
 
@@ -101,3 +103,8 @@ def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z]+)", README):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_interventions_are_those_of_the_committed_table() -> None:
+    frame = means_frame(read_table(ROOT / "results" / "afk_interventions"))
+    assert table("afk_interventions") == render(frame[INTERVENTIONS], "markdown").strip()

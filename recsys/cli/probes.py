@@ -120,6 +120,9 @@ def correlate(
     figure: Annotated[
         Path | None, typer.Option("--figure", help="Also draw the points, as PNG or PDF.", show_default=False)
     ] = None,
+    points_file: Annotated[
+        Path | None, typer.Option("--points", help="Also write the points, as CSV.", show_default=False)
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Bootstrap samples and permutations.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of both.")] = 0,
     format_: Format = "table",
@@ -133,13 +136,16 @@ def correlate(
         from recsys.probes.correlate import correlate as correlations
         from recsys.report.probe_figures import draw_correlation
         from recsys.report.probes import correlation_frame, run_points
-        from recsys.results import finished_runs
+        from recsys.results import atomic, finished_runs
 
         found = finished_runs(runs)
         probed = [run for run in found if run.probes.exists() or run.path in runs]
         if len(probed) < len(found):
             print(f"passed over: {len(found) - len(probed)} runs that are not probed", file=sys.stderr)
         points = run_points(probed, metric)
+        if points_file is not None:
+            with atomic(points_file) as path:
+                points.to_csv(path, index=False, lineterminator="\n")
         table = correlations(points, samples, seed)
         shown = correlation_frame(table)
         show(shown, format_)
@@ -160,4 +166,4 @@ def correlate(
                 f"pooled: Spearman {spearman['pooled [95 %]']}",
                 f"within cells: Spearman {spearman['within cells [95 %]']}",
             )
-            screen.print(f"figure  {figure}", highlight=False, soft_wrap=True)
+            print(f"figure  {figure}", file=sys.stderr)

@@ -293,7 +293,8 @@ def ratio_figure(comparison: LawComparison, response: str) -> Figure:
     axes = figure.subplots()
     axes.axhline(1, color="0.6", linewidth=0.8)
     axes.plot(curve.losses, curve.ratio, color=COLOURS[0], linewidth=1.5, label="laws that share nothing")
-    axes.fill_between(curve.losses, curve.low, curve.high, color=COLOURS[0], alpha=0.14, linewidth=0)
+    high = np.minimum(curve.high, 1e6)  # beyond the axis, also where there is no upper end
+    axes.fill_between(curve.losses, curve.low, high, color=COLOURS[0], alpha=0.14, linewidth=0)
     rho = comparison.rho
     axes.axhline(rho.value, color=COLOURS[1], linewidth=1, linestyle="--", label=f"one ratio: {estimate_text(rho)}")
     axes.set(
@@ -344,7 +345,10 @@ def _span(values: ndarray) -> tuple[float, float]:
 
 
 def _ratio_ticks(axis: Axis) -> None:
-    axis.set_major_locator(FixedLocator((0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 5, 10, 20, 50, 100)))
+    low, high = axis.get_view_interval()
+    wide = high / low > 30
+    ticks = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100) if wide else (0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5)
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_locator(NullLocator())
 

@@ -112,7 +112,8 @@ def _conclusion(findings: Findings, table: pd.DataFrame) -> Section:
 def _results(table: pd.DataFrame, runs: Sequence[RunDirectory]) -> Section:
     section = Section("Results", tables=[("means", means_frame(table))])
     if runs:
-        values = load(runs)
+        place = {name: index for index, name in enumerate(table["run"])}
+        values = load(sorted(runs, key=lambda run: place[run.path.name]))
         section.tables.append(("runs", results_frame(values, ["ndcg@10", "hr@10"], "full")))
         section.text.append(
             "Means over seeds (± standard deviation between them), then every run with its 95 % bootstrap interval "

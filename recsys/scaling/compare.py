@@ -311,7 +311,7 @@ def _sentence(comparison: LawComparison, p: float) -> str:
     rho, axis = comparison.rho, comparison.axis
     low, high = map(_rounded, comparison.overlap)
     old, new = comparison.baseline.name, comparison.challenger.name
-    if p >= _SIGNIFICANT:
+    if p >= _SIGNIFICANT or rho.low <= 1 <= rho.high:
         verdict = f"{new} and {old} cannot be told apart"
     elif rho.value > 1:
         verdict = f"{new} reaches the loss of {old} with 1/{rho.value:.3g} of them"
