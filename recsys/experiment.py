@@ -89,7 +89,8 @@ class TrainerConfig(Config):
     """fp32 products on a GPU in TF32 (10 bits of mantissa), in training and its validations."""
     compile: Literal["default", "reduce-overhead"] | None = None
     """Compile the model's pass in a step (`torch.compile`; `reduce-overhead` records CUDA graphs). Batches are padded
-    to at most four widths, and every domain's stream to that of the whole history. null does not."""
+    to at most four widths, and every domain's stream to that of the whole history. For SASRec, HSTU, ABXI and
+    CrossDomain; others say that they do not compile. null does not."""
     prefetch: int | None = Field(None, ge=1)
     """Keep the training events in the host's memory and send so many batches ahead to the GPU, for events that do not
     fit on it; null puts them there whole. Histories to validate and test lie there in any case."""

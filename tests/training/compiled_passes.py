@@ -25,6 +25,7 @@ SIZE = {"d_model": 8, "num_heads": 1, "dropout": 0.0}
 MODELS: dict[str, dict[str, Any]] = {
     "sasrec": {"name": "sasrec", **SIZE, "d_ff": 16, "num_layers": 1},
     "cross_domain": {"name": "cross_domain", **SIZE, "d_ff": 16, "num_layers": 1, "cross": {"dropout": 0.0}},
+    "hstu": {"name": "hstu", **SIZE},
     "abxi": {"name": "abxi", **SIZE, "d_ff": 12},
     "abxi_dropout": {"name": "abxi", **SIZE, "d_ff": 12, "dropout": 0.3},
 }

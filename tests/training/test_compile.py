@@ -28,7 +28,7 @@ def measured(*cases: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "cases", [("sasrec", "abxi_dropout"), pytest.param(("cross_domain", "abxi"), marks=pytest.mark.slow)]
+    "cases", [("sasrec", "abxi_dropout"), pytest.param(("cross_domain", "abxi", "hstu"), marks=pytest.mark.slow)]
 )
 def test_a_second_epoch_makes_no_graph(cases: tuple[str, ...]) -> None:
     for name, found in measured(*cases).items():

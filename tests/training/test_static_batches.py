@@ -35,6 +35,8 @@ SOURCE = {
 SIZE = {"d_model": 8, "num_heads": 2, "dropout": 0.0}
 MODELS: dict[str, dict[str, Any]] = {
     "sasrec": {"name": "sasrec", **SIZE, "target_query": "domain"},
+    "hstu": {"name": "hstu", **SIZE},
+    "gru4rec": {"name": "gru4rec", "d_model": 8, "dropout_hidden": 0.0, "dropout_embedding": 0.0},
     "cross_domain": {"name": "cross_domain", **SIZE, "cross": None},
     "cross_domain_early": {"name": "cross_domain", **SIZE, "cross": {"placement": "early", "dropout": 0.0}},
     "cross_domain_stack": {"name": "cross_domain", **SIZE, "cross": {"placement": "stack", "dropout": 0.0}},
