@@ -207,7 +207,10 @@ def test_the_numbers_come_back_from_the_checkpoint(finished: RunDirectory) -> No
         evaluation = evaluate_model(
             model, config, data, config.eval.model_copy(update={"batch_size": batch_size}), "test", CPU
         )
-        assert evaluation.ranks.equals(pq.read_table(finished.ranks))
+        written, column = pq.read_table(finished.ranks), "cross_entropy"
+        assert evaluation.ranks.drop_columns(column).equals(written.drop_columns(column))
+        again, before = (table[column].to_numpy() for table in (evaluation.ranks, written))
+        assert again == pytest.approx(before, rel=1e-6, nan_ok=True)  # products of other shapes round otherwise
 
 
 def test_a_checkpoint_of_another_config_is_refused(finished: RunDirectory, tmp_path: Path) -> None:
