@@ -178,9 +178,11 @@ def intervene(
     ledger, generator = Ledger(), torch.Generator().manual_seed(seed)
     inner = raw_module(model)
     batch: list[Batch] = []
+    acted: set[str] = set()
 
     def begin(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         batch[:] = [argument for argument in arguments if isinstance(argument, Batch)]
+        acted.clear()
 
     with contextlib.ExitStack() as stack:
         stack.callback(inner.register_forward_pre_hook(begin).remove)
@@ -191,7 +193,7 @@ def intervene(
                 mean = means[site.name]
             else:
                 mean = torch.zeros(site.module.attention.heads.output.out_features)
-            replace = _Replacement(site.name, site.domain, intervention, mean, batch, generator, ledger)
+            replace = _Replacement(site.name, site.domain, intervention, mean, batch, acted, generator, ledger)
             stack.callback(site.module.register_forward_pre_hook(replace.note).remove)
             stack.callback(site.module.update.register_forward_hook(replace.act).remove)
         yield ledger
@@ -206,6 +208,9 @@ class _Replacement:
     intervention: Intervention | None
     mean: Tensor
     batch: list[Batch]
+    acted: set[str]
+    """Units that have had their call of this pass. The batch comes first; a model may encode further users after it
+    (CDSRNP's support), and their updates stay."""
     generator: torch.Generator
     ledger: Ledger
     given: tuple[Any, ...] = ()
@@ -215,6 +220,9 @@ class _Replacement:
 
     def act(self, _: nn.Module, __: tuple[Any, ...], update: Tensor) -> Tensor | None:
         module, query, context, mask = self.given
+        if self.unit in self.acted:
+            return None
+        self.acted.add(self.unit)
         [batch] = self.batch
         events = (batch.mask & (batch.domains == self.domain)).any(1)
         asked = (batch.mask & (batch.target_domains == self.domain)).any(1)

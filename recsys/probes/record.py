@@ -224,6 +224,8 @@ class Recorder:
                     f"{site.name} ran outside a forward pass of the model that is recorded, so nobody knows which "
                     "users ask; call `recorder.model` with a batch, and no compiled wrapper of it"
                 )
+            if site.name in self.units:
+                return  # the batch comes first; a model may encode further users after it (CDSRNP's support)
             if self._streams is None:
                 domains = 1 + max(other.domain for other in self._sites)
                 self._streams = cut_streams(self.batch, domains)

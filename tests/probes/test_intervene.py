@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from recsys.models.attention import CrossConfig
 from recsys.probes import record
 from recsys.probes.intervene import INTERVENTIONS, RANDOM, Call, Ledger, intervene
+from recsys.types import Batch
 
 
 @pytest.fixture
@@ -138,3 +140,35 @@ def test_in_one_unit_alone(make_model, make_batch):
         model(batch)
     assert set(ledger.before) == {"early.0.1"}
     assert ledger.energy == pytest.approx(1)
+
+
+class _WithSupport(nn.Module):
+    """A host that encodes further users once it has encoded the batch."""
+
+    def __init__(self, inner: nn.Module, support: Batch) -> None:
+        super().__init__()
+        self.inner, self.support = inner, support
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner(batch), self.inner(self.support)
+
+
+def test_users_that_a_model_encodes_besides_are_left_alone(make_model, make_batch):
+    inner, batch, support = make_model(), make_batch(6), make_batch(4, seed=1, first_user=50)
+    model = _WithSupport(inner, support)
+    with torch.no_grad():
+        plain, of_support = model(batch)
+        with record(inner) as recorder:
+            inner(batch)
+            expected = recorder.units["early.0.0"].output
+        with record(model) as recorder:
+            model(batch)
+            assert torch.equal(recorder.units["inner.early.0.0"].output, expected)
+        with intervene(inner, INTERVENTIONS["nothing"]):
+            without = inner(batch)
+        with intervene(model, INTERVENTIONS["nothing"]) as ledger:
+            changed, support_again = model(batch)
+    assert torch.equal(changed, without)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(support_again, of_support)
+    assert ledger.energy == 1
