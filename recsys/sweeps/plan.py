@@ -19,6 +19,7 @@ from recsys.scaling.match import TOLERANCE, Basis, Control, match
 from recsys.sweeps.executors import ExecutorConfig, LocalConfig
 from recsys.sweeps.learning_rate import Tuning
 from recsys.sweeps.tune import with_values
+from recsys.training.throughput import candidates_of
 
 Values = dict[str, JsonValue]
 """Dotted keys of an experiment and what they become."""
@@ -195,13 +196,14 @@ def _cell(config: SweepConfig, study: str, arm: str, size: str, base: Experiment
 def epoch_flops(experiment: Experiment, data: Data) -> Flops:
     """Of an epoch of training: batches are of many lengths, so a few are counted and their mean stands for all."""
     batches = _batches(experiment, data)
-    candidates = None
-    if experiment.negatives is not None:  # those of a batch are its targets, about one for each row and position
-        own = getattr(experiment.negatives, "num_negatives", experiment.trainer.batch_size)
-        candidates = own + 1
     every = max(1, len(batches) // _SAMPLED_STEPS)
     sampled = [batch for index, batch in enumerate(batches) if index % every == 0]
-    counted = [count_flops(experiment.model, data.catalog, batch, candidates) for batch in sampled]
+    counted = [
+        count_flops(
+            experiment.model, data.catalog, batch, candidates_of(experiment, data.catalog, int(batch.mask.sum()))
+        )
+        for batch in sampled
+    ]
     return Flops(
         *(
             round(sum(getattr(one, field) for one in counted) * len(batches) / len(counted))

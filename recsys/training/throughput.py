@@ -68,12 +68,12 @@ def flops_per_token(experiment: Experiment, catalog: Catalog, batches: TrainBatc
     batch = batch.map(lambda tensor: tensor.cpu())
     rows, width = batch.mask.any(1), int(batch.mask.sum(1).max())
     batch = batch.map(lambda tensor: tensor[rows][:, -width:] if tensor.ndim == 2 else tensor[rows])
-    flops = count_flops(experiment.model, catalog, batch, _candidates(experiment, catalog, int(batch.mask.sum())))
+    flops = count_flops(experiment.model, catalog, batch, candidates_of(experiment, catalog, int(batch.mask.sum())))
     return (flops.step + flops.logits_step) / max(int(batch.mask.sum()), 1)
 
 
-def _candidates(experiment: Experiment, catalog: Catalog, targets: int) -> int | None:
-    """Scored for each target of a batch; None: its whole domain."""
+def candidates_of(experiment: Experiment, catalog: Catalog, targets: int) -> int | None:
+    """Items that are scored for each of a batch's targets; None: its whole domain."""
     if isinstance(experiment.loss, SoftmaxConfig):
         return catalog.num_items if experiment.loss.catalogue == "all" else None
     negatives = experiment.negatives
