@@ -3,7 +3,8 @@
 Each is a whole run of its own, with its trainer, log, checkpoints and end. They take turns, so that one works at a
 time, and wait for each other where a step is due. Then the weights are stacked, one pass of the model goes over all of
 them, and each gets the loss and the gradients of its own. Nothing of the stack outlives the step: a run that ends,
-fails or is cut off leaves what it would have left alone, and goes on alone or with others.
+fails or is cut off leaves what it would have left alone, and goes on alone or with others. Its clock runs on while
+others have their turn: the seconds and rates of its log are those of its share of the process.
 """
 
 import copy
