@@ -1,6 +1,7 @@
 """ABXI (Bian et al., WWW 2025): one encoder for all streams, low-rank maps that tell them apart."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Annotated, Any, Literal, cast
 
@@ -21,7 +22,7 @@ from recsys.models.exchange import View, check_cross, exchange, look, make_units
 from recsys.models.initialization import STD
 from recsys.models.streams import Streams, cut_streams
 from recsys.sizes import places
-from recsys.types import PAD_ID, Batch, Catalog
+from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog
 
 
 class ABXIConfig(Config):
@@ -109,12 +110,16 @@ class ABXI(nn.Module):
         check_length(batch, self.max_len)
         early, stack = (cast("Iterable[nn.ModuleList]", units) for units in (self.early, self.stack))
         crosses = bool(self.early or self.stack)
-        streams = cut_streams(batch, self.num_domains, question_slots=crosses)
+        domains = torch.arange(self.num_domains, device=batch.items.device)[:, None, None]
+        asks = batch.mask & (batch.target_domains == domains)
+        # What is asked at the end of a history alone, as in an evaluation, needs no other state.
+        at_end = not (self.training or self.stack or batch.sizes) and not bool(asks[:, :, :-1].any())
+        streams = cut_streams(_of_asked(batch) if at_end and not crosses else batch, self.num_domains, crosses)
         view = look(batch, streams, self.early or self.stack)
         counts = streams.sizes
 
         # Rows without padding, first those of x, then the slots of each domain: maps run once, on all of them.
-        cells = places(batch.mask, counts.events)
+        cells = places(batch.mask, None if batch.sizes is None else counts.events)
         slots = _places_of_parts(streams.split(streams.real), [block.slots for block in streams.blocks])
         sizes = [len(cells), len(slots)]
         items = torch.cat([batch.items.flatten()[cells], streams.item[slots]])
@@ -124,12 +129,8 @@ class ABXI(nn.Module):
         for units in early:
             s = _exchange(units, s, slots, streams, view)
         e = torch.cat([x, s])
-        attended = self.attention.output(self._attend(e, batch, cells, streams, slots)).masked_fill(~known[:, None], 0)
-        x, s = self.attention_norm(e + self.dropout(attended)).split(sizes)
 
         # The questions, domain by domain; those of a domain without events so far have no slot without an exchange.
-        domains = torch.arange(self.num_domains, device=batch.items.device)[:, None, None]
-        asks = batch.mask & (batch.target_domains == domains)
         asked = torch.cat([places(asks[k], count) for k, count in enumerate(counts.questions)])
         slot = streams.question_slot.flatten()[asked]
         has_slot = slot < len(streams.real)
@@ -137,13 +138,22 @@ class ABXI(nn.Module):
         own_rows = _places_of_parts(has_slot.split(counts.questions), owned)
         x_rows = _inverse(cells, batch.items.numel())[asked]
         s_rows = _inverse(slots, len(streams.real) + 1)[slot[own_rows]]
+        if at_end:
+            rows = torch.cat([x_rows, len(cells) + s_rows])
+            attended = self._attend_at_end(e, rows, batch, cells, streams, slots, asked, slot[own_rows], owned)
+            e, known, sizes = e[rows], known[rows], [len(x_rows), len(s_rows)]
+        else:
+            attended = self._attend(e, batch, cells, streams, slots)
+        attended = self.attention.output(attended).masked_fill(~known[:, None], 0)
+        x, s = self.attention_norm(e + self.dropout(attended)).split(sizes)
         if self.stack:
             x, s = self._set_apart(x, s, [block.slots for block in streams.blocks])
             for units in stack:
                 s = _exchange(units, s, slots, streams, view)
+        if not at_end:  # what no question reads is left out
             x, s = x[x_rows], s[s_rows]
-        else:  # what no question reads is left out: in evaluation, most of a history
-            x, s = self._set_apart(x[x_rows], s[s_rows], owned)
+        if not self.stack:
+            x, s = self._set_apart(x, s, owned)
         own = s.new_zeros(x.shape).index_copy(0, own_rows, s)
         answers = self._answer(x, own, counts.questions)
         return (
@@ -194,6 +204,43 @@ class ABXI(nn.Module):
         )
         s = [self.attention.attend(q, kv, causal_mask(event)).flatten(0, 1) for q, kv, event in blocks if len(q)]
         return torch.cat([x.flatten(0, 1)[cells], torch.cat(s)[slots] if s else s_query])
+
+    def _attend_at_end(
+        self,
+        events: Float[Tensor, "events d_model"],
+        rows: Int[Tensor, " asking"],
+        batch: Batch,
+        cells: Int[Tensor, " cells"],
+        streams: Streams,
+        slots: Int[Tensor, " slots"],
+        asked: Int[Tensor, " questions"],
+        slot: Int[Tensor, " own"],
+        owned: Sequence[int],
+    ) -> Float[Tensor, "asking d_model"]:
+        """As `_attend`, for the rows of `events` that ask, all of which are the last of their stream: those of `asked`
+        in the merged history, then those of `slot`, `owned` of them in each domain."""
+        x_pair, s_pair = self.attention.key_value(events).split([len(cells), len(slots)])
+        x_query, s_query = self.attention.query(events[rows]).split([len(asked), len(slot)])
+        shape, real = batch.items.shape, batch.mask
+        line = asked // shape[1]
+        x_query = _spread(x_query, line, shape[0])[:, None]
+        x_pair = _spread(x_pair, cells, real.numel()).unflatten(0, shape)
+        parts = [self.attention.attend(x_query, x_pair, real[:, None])[line, 0]]
+        start = 0
+        blocks = zip(
+            streams.split(_spread(s_pair, slots, len(streams.real))),
+            streams.split(streams.event),
+            s_query.split(list(owned)),
+            slot.split(list(owned)),
+            strict=True,
+        )
+        for pair, event, query, at in blocks:
+            if len(at):
+                line = (at - start) // event.shape[1]
+                attended = self.attention.attend(_spread(query, line, len(event))[:, None], pair, event[:, None])
+                parts.append(attended[line, 0])
+            start += event.numel()
+        return torch.cat(parts)
 
     def _set_apart(
         self, x: Float[Tensor, "merged d_model"], s: Float[Tensor, "own d_model"], counts: Sequence[int]
@@ -321,6 +368,11 @@ def _places_of_parts(parts: Sequence[Tensor], counts: Sequence[int]) -> Int[Tens
     starts = accumulate((part.numel() for part in parts[:-1]), initial=0)
     found = [places(part, count) + start for part, count, start in zip(parts, counts, starts, strict=True)]
     return torch.cat(found)
+
+
+def _of_asked(batch: Batch) -> Batch:
+    """The batch with the events of the domain that the last position asks for; the others are of no domain."""
+    return replace(batch, domains=batch.domains.where(batch.domains == batch.target_domains[:, -1:], NO_DOMAIN))
 
 
 def _inverse(cells: Int[Tensor, " rows"], total: int) -> Int[Tensor, " cells"]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from recsys.losses import InfoNCEConfig
 from recsys.models import ABXIConfig, count_parameters
 from recsys.models.attention import CrossConfig
-from recsys.types import Catalog, Draw
+from recsys.types import NO_DOMAIN, Batch, Catalog, Draw
 
 SIZE = {"d_model": 4, "d_ff": 3, "num_heads": 2, "domain_rank": 2, "invariant_rank": 1}
 # Merged history, and what is asked at each of its events. The second user has no event of domain 1 when it is asked.
@@ -227,6 +227,31 @@ def test_questions_of_evaluation_and_of_training_agree(build, make_batch):
     asked = [[None] * 4 + [0]]
     every = model(make_batch([HISTORIES[0]], [[1, 0, 1, 1, 0]]))[0, -1]
     torch.testing.assert_close(model(make_batch([HISTORIES[0]], asked))[0, -1], every, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_domains", [2, 3])
+@pytest.mark.parametrize("cross", [None, CrossConfig(placement="early"), CrossConfig(placement="stack")])
+@pytest.mark.parametrize("positions", ["from_end", "from_start"])
+def test_last_states_of_many_users_are_those_of_a_pass_over_all(cross, num_domains, positions, make_catalog):
+    config = ABXIConfig(**SIZE, cross=cross, positions=positions)
+    generator = torch.Generator().manual_seed(0)
+    model = config.build(make_catalog(num_domains, 20), 6, generator).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+    rows, length = 24, 6
+    real = torch.arange(length) >= length - torch.randint(1, length + 1, (rows, 1), generator=generator)
+    items = torch.randint(1, 21, (rows, length), generator=generator) * real
+    domains = make_catalog(num_domains, 20).item_domain[items]
+    asked = torch.randint(0, num_domains, (rows, length), generator=generator).where(real, NO_DOMAIN)
+    times = torch.arange(length).expand(rows, length) * real
+    every = Batch(torch.arange(rows), items, domains, times, torch.zeros_like(items), asked)
+    last = asked.clone()
+    last[:, :-1] = NO_DOMAIN
+    with torch.no_grad():
+        expected, found = model(every)[:, -1], model(dataclasses.replace(every, target_domains=last))
+    assert (domains != asked[:, -1:]).all(1).any(), "somebody is asked for a domain without events"
+    torch.testing.assert_close(found[:, -1], expected, rtol=1e-10, atol=1e-10)
+    assert not found[:, :-1].any()
 
 
 @pytest.mark.parametrize("num_domains", [2, 3])
