@@ -8,9 +8,11 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from recsys.loading import parse_yaml
 from recsys.report.laws import COLOURS, figures, ladder_frame, laws_figure, laws_frame, ratio_frame, search_frame
+from recsys.report.probes import alignment_frame, contribution_frame
 from recsys.report.tables import caveats, results_frame
 from recsys.results import RunDirectory, load
 from recsys.scaling.findings import Findings
@@ -18,20 +20,7 @@ from recsys.scaling.records import PARAMETERS, exclusions
 
 _CLASSES = PARAMETERS[: PARAMETERS.index("trainable")]
 
-_PROBED = (
-    "alignment_ratio",
-    "cos_mean",
-    "orthogonal_energy",
-    "novelty",
-    "cross_domain_share",
-    "gate_mean",
-    "norm_ratio",
-)
-"""Measures that a report shows; the others stay in `probes.parquet`."""
-
 _TEXT = {"study": str, "arm": str, "size": str}
-
-_NULLS = {"isotropic": "null_isotropic", "shuffled": "null_shuffled", "before training": "null_init"}
 
 
 @dataclass
@@ -60,7 +49,8 @@ def study_report(
     What lies only in run directories (intervals over users, probes, configs, versions) is left out where they are not
     there any more, as beside a table that was kept alone.
     """
-    runs = [RunDirectory(path) for path in _run_paths(directories, table)]
+    place = {name: index for index, name in enumerate(table["run"])}
+    runs = sorted((RunDirectory(path) for path in _run_paths(directories, table)), key=lambda run: place[run.path.name])
     trials = _trials(directories)
     primary, *secondary = findings
     sections = [
@@ -112,8 +102,7 @@ def _conclusion(findings: Findings, table: pd.DataFrame) -> Section:
 def _results(table: pd.DataFrame, runs: Sequence[RunDirectory]) -> Section:
     section = Section("Results", tables=[("means", means_frame(table))])
     if runs:
-        place = {name: index for index, name in enumerate(table["run"])}
-        values = load(sorted(runs, key=lambda run: place[run.path.name]))
+        values = load(runs)
         section.tables.append(("runs", results_frame(values, ["ndcg@10", "hr@10"], "full")))
         section.text.append(
             "Means over seeds (± standard deviation between them), then every run with its 95 % bootstrap interval "
@@ -221,6 +210,8 @@ def bowls_figure(trials: pd.DataFrame, table: pd.DataFrame) -> Figure:
                 best = bowl["cross_entropy"].min()
                 axes.plot(chosen["learning_rate"].iloc[0], best, "o", color=colour, markersize=9, fillstyle="none")
         axes.set(xscale="log", title=size, xlabel="learning rate")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # under a decade, matplotlib would name every line
+        axes.xaxis.set_major_locator(LogLocator(numticks=4))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("validation cross-entropy")
     panels[0].legend(frameon=False, fontsize=8)
@@ -228,32 +219,22 @@ def bowls_figure(trials: pd.DataFrame, table: pd.DataFrame) -> Figure:
 
 
 def _probes(runs: Sequence[RunDirectory]) -> Section:
-    rows = []
-    for run in runs:
-        if not run.probes.exists():
-            continue
-        probes = run.read_probes().to_pandas()
-        last = probes[probes["label"] == probes["label"].iloc[-1]]
-        chosen = last[(last["head"] == "all") & (last["position"] == "all") & last["measure"].isin(_PROBED)]
-        for _, row in chosen.iterrows():
-            rows.append(
-                {
-                    "run": run.path.name,
-                    "unit": row["unit"],
-                    "direction": row["direction"],
-                    "site": row["site"],
-                    "measure": row["measure"],
-                    "value": _interval(row["value"], row["low"], row["high"]),
-                    **{name: _number(row[column]) for name, column in _NULLS.items()},
-                    "users": f"{row['users']:,}",
-                }
-            )
-    if not rows:
+    """What `recsys probe` shows of a run, of all that are probed."""
+    probed = [(run.path.name, run.read_probes()) for run in runs if run.probes.exists()]
+    if not probed:
         return Section("Probes")
+    tables = [
+        (name, pd.concat([make(probes).assign(run=run) for run, probes in probed], ignore_index=True))
+        for name, make in (("alignment", alignment_frame), ("contribution", contribution_frame))
+    ]
     return Section(
         "Probes",
-        ["Each value beside its chance levels; intervals are over users. All other rows stand in probes.parquet."],
-        [("probes", pd.DataFrame(rows))],
+        [
+            "An alignment ratio of 1 is chance; isotropic, covariance and at start are the same ratio by other "
+            "chances. Novelty and share stand beside their excess over other users' queries. Intervals are over "
+            "users; all other measures stand in each run's probes.parquet."
+        ],
+        [(name, frame[["run", *(column for column in frame if column != "run")]]) for name, frame in tables],
     )
 
 
@@ -317,11 +298,3 @@ def _origins(directories: Sequence[Path], runs: Sequence[RunDirectory]) -> Secti
     for run in runs:
         section.listings.append((f"the resolved config of {run.path.name}", run.config.read_text(encoding="utf-8")))
     return section
-
-
-def _interval(value: float, low: float, high: float) -> str:
-    return _number(value) if pd.isna(low) or pd.isna(high) else f"{value:.4f} [{low:.4f}, {high:.4f}]"
-
-
-def _number(value: float) -> str:
-    return "–" if pd.isna(value) else f"{value:.4f}"
