@@ -1,10 +1,18 @@
 """Shape annotations of the package are checked while it is tested; a scaling study that was never run."""
 
+import signal
+
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("recsys", "beartype.beartype")
+
+
+def pytest_configure(config):
+    """Tests that interrupt a run, or a process they start, must be heard where tests run side by side, too."""
+    if hasattr(config, "workerinput"):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
