@@ -93,8 +93,14 @@ class Contender:
         return [answer["units"] / answer["seconds"] for answer in self.answers]
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait()
+        """Ends a process that waits to be asked; Lightning would take a signal to end for one to be handled later."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 def start(environment: str, name: str, peers: Path, folder: Path, threads: int) -> Contender:

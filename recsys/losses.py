@@ -356,14 +356,20 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_positions)
 
 
+_LINE = 16
+"""fp32 numbers of a cache line."""
+
+
 class _ChunkedCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_positions: int) -> Tensor:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(())
-        # One buffer for all chunks: freshly allocated logits cost half as much again, in page faults.
-        buffer = hidden.new_empty(min(chunk_positions, len(hidden)), len(weight))
+        # One buffer for all chunks: freshly allocated logits cost half as much again, in page faults. Its rows begin at
+        # cache lines, without which a product into it takes 1.6 times as long on a CPU.
+        width = -(-len(weight) // _LINE) * _LINE
+        buffer = hidden.new_empty(min(chunk_positions, len(hidden)), width)[:, : len(weight)]
         for start in range(0, len(hidden), chunk_positions):
             chunk = slice(start, start + chunk_positions)
             states, target = hidden[chunk], targets[chunk, None]
