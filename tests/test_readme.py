@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +19,9 @@ from recsys.report.tables import render, results_frame, seeds_frame
 from recsys.results import find_runs, load
 from recsys.scaling.findings import find
 from recsys.scaling.records import read_table, studies
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from bench import table_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -108,3 +113,9 @@ def test_make_targets_exist() -> None:
 def test_interventions_are_those_of_the_committed_table() -> None:
     frame = means_frame(read_table(ROOT / "results" / "afk_interventions"))
     assert table("afk_interventions") == render(frame[INTERVENTIONS], "markdown").strip()
+
+
+def test_speeds_are_those_of_the_committed_measurement() -> None:
+    [path] = sorted((ROOT / "benchmarks" / "results").glob("20*-amd-epyc-2.json"))[-1:]
+    frame = pd.DataFrame(table_of(json.loads(path.read_text())))
+    assert table("speed") == render(frame, "markdown").strip()
