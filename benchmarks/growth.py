@@ -101,6 +101,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path, title: str) -> No
     """Time (of an epoch for events, of a step for the rest) and memory against each axis, in logarithms."""
     import numpy as np
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     panels = figure.subplots(2, len(results), sharex="col")
@@ -114,6 +115,12 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path, title: str) -> No
             slope = np.log(values[-1] / values[-2]) / np.log(x[-1] / x[-2])
             axis.annotate(f"last slope {slope:.2f}", (0.05, 0.9), xycoords="axes fraction", fontsize=8)
             axis.spines[["top", "right"]].set_visible(False)
+            axis.set_xticks(x, [f"{value:.0e}".replace("e+0", "e") if value >= 1000 else str(value) for value in x])
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            low, high = min(values) / 1.3, max(values) * 1.5
+            axis.set_ylim(min(low, 10 ** np.floor(np.log10(low) + 0.3)), max(high, 10 ** np.ceil(np.log10(high) - 0.3)))
             axis.tick_params(labelsize=7, which="both")
         panels[0][column].set_title(name, fontsize=9)
         panels[0][column].set_ylabel("s / epoch" if key == "events" else "s / step", fontsize=8)
