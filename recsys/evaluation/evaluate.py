@@ -23,16 +23,7 @@ from recsys.evaluation.protocols import (
     among,
     draw_negatives,
 )
-from recsys.evaluation.rank import (
-    RankInterval,
-    Ties,
-    at_least_fp32,
-    cross_entropy,
-    hide,
-    rank_sampled,
-    rank_visible,
-    require_finite,
-)
+from recsys.evaluation.rank import RankInterval, Ties, cross_entropy, hide, rank, rank_sampled
 from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, Seen, Split, ranks_table
 from recsys.evaluation.scorer import DotScorer
 from recsys.evaluation.targets import EvalBatch, Targets
@@ -218,7 +209,6 @@ class _Field:
         catalog: Catalog,
         seen: Seen,
     ) -> "_Field":
-        scores = at_least_fp32(scores)
         target_index = torch.searchsorted(pool, targets.target.contiguous())
         if seen == "none":
             return _Field(scores, target_index, None, scores, targets.user)
@@ -226,9 +216,7 @@ class _Field:
         return _Field(scores, target_index, excluded, hide(scores, excluded), targets.user)
 
     def rank(self) -> tuple[RankInterval, Float[Tensor, " batch"]]:
-        """Raises NonFiniteScores."""
-        require_finite(self.scores, self.excluded, self.users)
-        ranks = rank_visible(self.visible, self.target_index, self.excluded)
+        ranks = rank(self.scores, self.target_index, self.excluded, self.users, self.visible)
         return ranks, cross_entropy(self.visible, self.target_index)
 
 

@@ -50,17 +50,24 @@ def rank(
     target_index: Int[Tensor, " batch"],
     excluded: Bool[Tensor, "batch candidates"] | None,
     users: Int[Tensor, " batch"],
+    visible: Float[Tensor, "batch candidates"] | None = None,
 ) -> RankInterval:
     """Rank of each row's target among the row's candidates that are not `excluded`; the target never is.
 
-    Half precision is raised to fp32 (which cannot undo the ties of a product that was rounded to it).
-    Raises NonFiniteScores, naming `users`, if a counted score is NaN or infinite.
+    `visible`: what `hide` makes of both, where it is there already. Half precision is raised to fp32 (which cannot undo
+    the ties of a product that was rounded to it). Raises NonFiniteScores, naming `users`, if a counted score is NaN or
+    infinite.
     """
-    scores = at_least_fp32(scores)
+    scores = _at_least_fp32(scores)
+    candidates = torch.full_like(target_index, scores.shape[1], dtype=torch.int64)
     if excluded is not None:
         excluded = excluded.scatter(1, target_index[:, None], False)
+        candidates -= _count(excluded)
     require_finite(scores, excluded, users)
-    return rank_visible(hide(scores, excluded), target_index, excluded)
+    if visible is None:
+        visible = hide(scores, excluded)
+    target = visible.gather(1, target_index[:, None])
+    return RankInterval(_count(visible > target), _count(visible == target) - 1, candidates)
 
 
 def hide(
@@ -68,19 +75,6 @@ def hide(
 ) -> Float[Tensor, "batch candidates"]:
     """-inf where excluded, which is neither above a finite score nor equal to it."""
     return scores if excluded is None else scores.masked_fill(excluded, -torch.inf)
-
-
-def rank_visible(
-    visible: Float[Tensor, "batch candidates"],
-    target_index: Int[Tensor, " batch"],
-    excluded: Bool[Tensor, "batch candidates"] | None,
-) -> RankInterval:
-    """`rank` of scores that are known to be finite, and hidden where they are excluded."""
-    candidates = torch.full_like(target_index, visible.shape[1], dtype=torch.int64)
-    if excluded is not None:
-        candidates -= _count(excluded)
-    target = visible.gather(1, target_index[:, None])
-    return RankInterval(_count(visible > target), _count(visible == target) - 1, candidates)
 
 
 def rank_sampled(
@@ -96,7 +90,7 @@ def rank_sampled(
     `margin` of the target's tie with it. Raises NonFiniteScores as `rank` does.
     """
     real = negatives != target_index[:, None]
-    scores = at_least_fp32(scores)
+    scores = _at_least_fp32(scores)
     target = scores.gather(1, target_index[:, None])
     rivals = scores.gather(1, negatives)
     require_finite(torch.cat([target, rivals], dim=1), None, users)
@@ -147,5 +141,5 @@ def _count(chosen: Bool[Tensor, "batch candidates"]) -> Int[Tensor, " batch"]:
     return chosen.sum(1, dtype=torch.int32).long()
 
 
-def at_least_fp32(scores: Float[Tensor, "batch candidates"]) -> Float[Tensor, "batch candidates"]:
+def _at_least_fp32(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
