@@ -152,9 +152,7 @@ class SoftmaxLoss(nn.Module):
             if not len(targets):
                 return _zero(states, table)
             states = states / self.temperature
-            pool = self.item_pool[targets]
-            order = torch.argsort(pool, stable=True)
-            counts = self._counts(pool, batch)
+            order, counts = _sort(self.item_pool[targets], len(self.pool_sizes), batch)
             parts = zip(
                 self.items.split(self.pool_sizes),
                 states.index_select(0, order).split(counts),
@@ -169,14 +167,6 @@ class SoftmaxLoss(nn.Module):
                 if len(rows)
             ]
             return torch.stack(totals).sum() / len(targets)
-
-    def _counts(self, pool: Int[Tensor, " positions"], batch: Batch) -> list[int]:
-        """Targets of each pool."""
-        if len(self.pool_sizes) == 1:
-            return [len(pool)]
-        if batch.sizes is not None:
-            return list(batch.sizes.targets)
-        return torch.bincount(pool, minlength=len(self.pool_sizes)).tolist()
 
 
 class SampledSoftmaxLoss(nn.Module):
@@ -204,8 +194,27 @@ class SampledSoftmaxLoss(nn.Module):
             if not len(targets):
                 return _zero(states, table)
             draw = negatives.draw(targets)
-            logits = _logits(states / self.temperature, table, targets, draw)
-            return _contrast(logits, targets, draw, log_q=self.log_q).mean()
+            states = states / self.temperature
+            if draw.row is None:
+                logits = _logits(states, table, targets, draw, batch)
+                return _contrast(logits, targets, draw, log_q=self.log_q).mean()
+            # Rows of the table in one piece, so that its gradient is one as well.
+            drawn = table.index_select(0, torch.cat([targets, draw.items.flatten()]))
+            of_targets, *weights = drawn.split([len(targets), *[draw.items.shape[1]] * len(draw.items)])
+            target_logits = (states * of_targets).sum(1)
+            log_q = torch.zeros_like(draw.log_q)
+            if self.log_q:
+                target_logits, log_q = target_logits - draw.target_log_q.to(states.dtype), draw.log_q
+            order, counts = _sort(draw.row, len(draw.items), batch)
+            parts = (part.index_select(0, order).split(counts) for part in (states, target_logits, targets))
+            totals = [
+                shared_cross_entropy(part, logits, target, weight, items, q)
+                for part, logits, target, weight, items, q in zip(
+                    *parts, weights, draw.items, log_q.to(states.dtype), strict=True
+                )
+                if len(target)
+            ]
+            return torch.stack(totals).sum() / len(targets)
 
 
 class BinaryCrossEntropyLoss(nn.Module):
@@ -244,9 +253,9 @@ class BinaryCrossEntropyLoss(nn.Module):
             if not len(targets):
                 return _zero(states, table)
             draw = negatives.draw(targets)
-            alpha = (draw.log_q > -torch.inf).sum(1).double() / self.item_rivals[targets]
+            alpha = (_log_q(draw) > -torch.inf).sum(1).double() / self.item_rivals[targets]
             beta = 1 - self.calibration * (1 - alpha.clamp(max=1))
-            logits = _logits(states, table, targets, draw)
+            logits = _logits(states, table, targets, draw, batch)
             left = ~_masked(targets, draw)
             yes = beta.to(logits.dtype) * F.logsigmoid(logits[:, 0])
             no = F.logsigmoid(-logits[:, 1:]).where(left, 0).sum(1)
@@ -281,7 +290,7 @@ class InfoNCELoss(nn.Module):
             if not len(targets):
                 return _zero(states, table)
             draw = negatives.draw(targets)
-            logits = _logits(states / self.temperature, table, targets, draw)
+            logits = _logits(states / self.temperature, table, targets, draw, batch)
             losses = _contrast(logits, targets, draw, log_q=False)
             where = _asked(batch)
             users, domains = where // batch.targets.shape[1], batch.target_domains.flatten()[where]
@@ -312,22 +321,46 @@ def _zero(states: Float[Tensor, "positions d_model"], table: Float[Tensor, "item
     return states[:0].sum() + table[:0].sum()
 
 
+def _sort(
+    group: Int[Tensor, " positions"], groups: int, batch: Batch
+) -> tuple[Int[Tensor, " positions"], list[int]]:
+    """The positions group by group, and how many each has. Groups are the domains, or there is only one."""
+    order = torch.argsort(group, stable=True)
+    if groups == 1:
+        return order, [len(group)]
+    if batch.sizes is not None:
+        return order, list(batch.sizes.targets)
+    return order, torch.bincount(group, minlength=groups).tolist()
+
+
 def _logits(
     states: Float[Tensor, "positions d_model"],
     table: Float[Tensor, "items d_model"],
     targets: Int[Tensor, " positions"],
     draw: Draw,
+    batch: Batch,
 ) -> Float[Tensor, "positions candidates"]:
     """Scores of the target (column 0) and of the draws."""
+    if draw.row is None and len(draw.items) > 1:
+        return sampled_logits(states, table, torch.cat([targets[:, None], draw.items], dim=1))
+    target = (states * table.index_select(0, targets)).sum(1, keepdim=True)
     if len(draw.items) == 1:
-        target = (states * table.index_select(0, targets)).sum(1, keepdim=True)
         return torch.cat([target, states @ table.index_select(0, draw.items[0]).t()], dim=1)
-    return sampled_logits(states, table, torch.cat([targets[:, None], draw.items], dim=1))
+    assert draw.row is not None
+    order, counts = _sort(draw.row, len(draw.items), batch)
+    parts = zip(states.index_select(0, order).split(counts), draw.items, strict=True)
+    drawn = torch.cat([part @ table.index_select(0, items).t() for part, items in parts])
+    return torch.cat([target, drawn.index_select(0, torch.argsort(order))], dim=1)
 
 
 def _masked(targets: Int[Tensor, " positions"], draw: Draw) -> Bool[Tensor, "positions negatives"]:
     """Draws that are no negative of the position: its own target, or barred by the sampler."""
-    return (draw.items == targets[:, None]) | (draw.log_q == -torch.inf)
+    items = draw.items if draw.row is None else draw.items[draw.row]
+    return (items == targets[:, None]) | (_log_q(draw) == -torch.inf)
+
+
+def _log_q(draw: Draw) -> Float[Tensor, "positions negatives"]:
+    return draw.log_q if draw.row is None else draw.log_q[draw.row]
 
 
 def _contrast(
@@ -335,7 +368,7 @@ def _contrast(
 ) -> Float[Tensor, " positions"]:
     """-log softmax at column 0, corrected for the sampler if asked; with every negative masked it is 0."""
     if log_q:
-        bias = torch.cat([draw.target_log_q[:, None], draw.log_q.expand(len(targets), -1)], dim=1).to(logits.dtype)
+        bias = torch.cat([draw.target_log_q[:, None], _log_q(draw)], dim=1).to(logits.dtype)
     else:
         bias = torch.zeros_like(logits)
     bias[:, 1:].masked_fill_(_masked(targets, draw), torch.inf)
@@ -358,6 +391,13 @@ def chunked_cross_entropy(
 
 _LINE = 16
 """fp32 numbers of a cache line."""
+_SHARED_ROWS = 512
+"""Positions that are held against shared negatives at once: few enough for a cache."""
+
+
+def _rows(rows: int, columns: int, like: Tensor) -> Float[Tensor, "rows columns"]:
+    """An empty matrix whose rows begin at cache lines; a product into others takes 1.6 times as long on a CPU."""
+    return like.new_empty(rows, -(-columns // _LINE) * _LINE)[:, :columns]
 
 
 class _ChunkedCrossEntropy(Function):
@@ -366,10 +406,8 @@ class _ChunkedCrossEntropy(Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(())
-        # One buffer for all chunks: freshly allocated logits cost half as much again, in page faults. Its rows begin at
-        # cache lines, without which a product into it takes 1.6 times as long on a CPU.
-        width = -(-len(weight) // _LINE) * _LINE
-        buffer = hidden.new_empty(min(chunk_positions, len(hidden)), width)[:, : len(weight)]
+        # One buffer for all chunks: freshly allocated logits cost half as much again, in page faults.
+        buffer = _rows(min(chunk_positions, len(hidden)), len(weight), hidden)
         for start in range(0, len(hidden), chunk_positions):
             chunk = slice(start, start + chunk_positions)
             states, target = hidden[chunk], targets[chunk, None]
@@ -395,6 +433,61 @@ class _ChunkedCrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = (None if made is None else grad * made for made in ctx.saved_tensors)
         return d_hidden, d_weight, None, None
+
+
+def shared_cross_entropy(
+    hidden: Float[Tensor, "positions d_model"],
+    target_logits: Float[Tensor, " positions"],
+    targets: Int[Tensor, " positions"],
+    weight: Float[Tensor, "negatives d_model"],
+    negatives: Int[Tensor, " negatives"],
+    log_q: Float[Tensor, " negatives"],
+) -> Float[Tensor, ""]:
+    """Sum over positions of the cross-entropy of the target's logit among itself and hidden . weight^T - log_q, where
+    `negatives` that equal the target do not count.
+
+    As in `chunked_cross_entropy`, gradients are made together with the loss; neither the negatives nor `log_q` get any.
+    """
+    return _SharedCrossEntropy.apply(hidden, target_logits, targets, weight, negatives, log_q)
+
+
+class _SharedCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        target_logits: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        negatives: Tensor,
+        log_q: Tensor,
+    ) -> Tensor:
+        d_hidden, d_target, d_weight = (torch.zeros_like(x) for x in (hidden, target_logits, weight))
+        total = hidden.new_zeros(())
+        buffer = _rows(min(_SHARED_ROWS, len(hidden)), len(weight), hidden)
+        for start in range(0, len(hidden), _SHARED_ROWS):
+            chunk = slice(start, start + _SHARED_ROWS)
+            states, target = hidden[chunk], target_logits[chunk, None]
+            logits = torch.mm(states, weight.t(), out=buffer[: len(states)])
+            logits -= log_q
+            logits.masked_fill_(negatives == targets[chunk, None], -torch.inf)
+            peak = torch.maximum(logits.amax(1, keepdim=True), target)
+            unnormalised = logits.sub_(peak).exp_()
+            of_target = (target - peak).exp()
+            norm = unnormalised.sum(1, keepdim=True) + of_target
+            total += (norm.log() + peak - target).sum()
+            d_target[chunk] = (of_target / norm - 1)[:, 0]
+            torch.mm(unnormalised, weight, out=d_hidden[chunk])
+            d_hidden[chunk] /= norm
+            d_weight.addmm_(unnormalised.t(), states / norm)
+        ctx.save_for_backward(d_hidden, d_target, d_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None, None]:
+        d_hidden, d_target, d_weight = (grad * made for made in ctx.saved_tensors)
+        return d_hidden, d_target, None, d_weight, None, None
 
 
 def fused_cross_entropy(
@@ -456,15 +549,26 @@ def sampled_logits(
 
 
 class _SampledLogits(Function):
-    """On CPU a sampled dense-dense product (the items are a CSR matrix's pattern) and bags of weighted rows for its
-    gradients, elsewhere gathered by chunks."""
+    """On CPU a sampled dense-dense product over a CSR pattern and bags of weighted rows for its gradients, elsewhere
+    gathered by chunks.
+
+    The pattern is items x positions: an item's vector stays in the cache for all positions that hold it, and these
+    come in order. Turned round, where each entry fetches a vector from anywhere in the table, it takes 4 times as long.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor, items: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, table, items)
         if _sparse_applies(hidden, table, items):
-            pattern = _rows_to_csr(items, hidden.new_zeros(items.numel()), num_columns=len(table))
-            return torch.sparse.sampled_addmm(pattern, hidden, table.t(), beta=0.0).values().view_as(items)
+            flat = items.flatten().int()
+            order = torch.argsort(flat, stable=True)
+            positions = (order // items.shape[1]).int()
+            ends = torch.bincount(flat, minlength=len(table)).cumsum(0)
+            starts = F.pad(ends, (1, 0)).int()
+            pattern = _csr(starts, positions, hidden.new_zeros(len(flat)), (len(table), len(hidden)))
+            values = torch.sparse.sampled_addmm(pattern, table, hidden.t(), beta=0.0).values()
+            ctx.save_for_backward(hidden, table, items, order, positions, starts)
+            return torch.empty_like(values).scatter_(0, order, values).view_as(items)
+        ctx.save_for_backward(hidden, table, items)
         logits = hidden.new_empty(items.shape)
         for chunk in _gather_chunks(items, hidden.shape[1]):
             logits[chunk] = torch.bmm(table[items[chunk]], hidden[chunk, :, None])[:, :, 0]
@@ -473,14 +577,16 @@ class _SampledLogits(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, table, items = ctx.saved_tensors
+        hidden, table, items, *sorted_by_item = ctx.saved_tensors
         wants_hidden, wants_table, _ = ctx.needs_input_grad
         d_hidden = d_table = None
-        if _sparse_applies(hidden, table, items):
+        if sorted_by_item:
+            order, positions, starts = sorted_by_item
             if wants_hidden:
                 d_hidden = F.embedding_bag(items.int(), table, mode="sum", per_sample_weights=grad)
             if wants_table:
-                d_table = _bags_of_items(items, grad, hidden, num_items=len(table))
+                weights = grad.flatten().index_select(0, order)
+                d_table = F.embedding_bag(positions, hidden, starts[:-1], mode="sum", per_sample_weights=weights)
             return d_hidden, d_table, None
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_table = torch.zeros_like(table) if wants_table else None
@@ -491,21 +597,6 @@ class _SampledLogits(Function):
                 outer = grad[chunk, :, None] * hidden[chunk, None]
                 d_table.index_add_(0, items[chunk].flatten(), outer.flatten(0, 1))
         return d_hidden, d_table, None
-
-
-def _bags_of_items(
-    items: Int[Tensor, "positions candidates"],
-    weights: Float[Tensor, "positions candidates"],
-    hidden: Float[Tensor, "positions d_model"],
-    *,
-    num_items: int,
-) -> Float[Tensor, "items d_model"]:
-    """For each item the sum of weight times hidden over the entries where it stands."""
-    flat = items.flatten().int()
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_items)
-    positions, starts = (order // items.shape[1]).int(), (counts.cumsum(0) - counts).int()
-    return F.embedding_bag(positions, hidden, starts, mode="sum", per_sample_weights=weights.flatten()[order])
 
 
 def _sparse_applies(hidden: Tensor, table: Tensor, items: Tensor) -> bool:
@@ -529,11 +620,5 @@ def _gather_chunks(items: Tensor, d_model: int) -> list[slice]:
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        # Invariants unchecked: repeated and unsorted columns break them, while products just add the entries up.
-        return torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape, check_invariants=False)
-
-
-def _rows_to_csr(items: Tensor, values: Tensor, *, num_columns: int) -> Tensor:
-    """The positions x items matrix with one entry per element of `items`."""
-    starts = torch.arange(len(items) + 1) * items.shape[1]
-    return _csr(starts, items.flatten(), values, (len(items), num_columns))
+        # Invariants unchecked: repeated columns break them, while products take each entry by itself.
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)

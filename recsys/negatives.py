@@ -104,6 +104,7 @@ class CatalogSampler:
         tables = [_alias(weights[pool]) for pool in pools]
         self.items = torch.cat(pools).to(device)
         self.keep = torch.cat([keep for keep, _ in tables]).to(device)
+        self.uniform = bool((self.keep == 1).all())
         self.alias = torch.cat([pool[other] for pool, (_, other) in zip(pools, tables, strict=True)]).to(device)
         self.size = torch.tensor([len(pool) for pool in pools], device=device)
         self.start = self.size.cumsum(0) - self.size
@@ -111,26 +112,27 @@ class CatalogSampler:
         self.log_q = _log_q(pools, weights).to(device)
 
     def draw(self, targets: Int[Tensor, " positions"]) -> Draw:
-        """With `shared` and scope `target_domain`, all targets see the draws of all domains, those of the others barred
-        by a `log_q` of -inf."""
-        target_pool = self.item_pool[targets][:, None]
-        rows = 1 if self.shared else len(targets)
-        if self.per_target and not self.shared:
-            pool, columns = target_pool, self.num_negatives
+        """With `shared`, one row for all targets, or with scope `target_domain` one for each domain."""
+        target_pool, pools = self.item_pool[targets], torch.arange(len(self.size), device=targets.device)
+        if not self.per_target:
+            pool, row = pools.repeat_interleave(self.num_negatives)[None], torch.zeros_like(target_pool)
+        elif self.shared:
+            pool, row = pools[:, None], target_pool
         else:
-            pool = torch.arange(len(self.size), device=targets.device).repeat_interleave(self.num_negatives)[None]
-            columns = pool.shape[1]
+            pool, row = target_pool[:, None], None
+        rows = len(pool) if self.shared else len(targets)
+        columns = self.num_negatives if self.per_target else pool.shape[1]
         # In double precision, 53 bits suffice for the slot and the choice within it, and the product stays below size.
         point = torch.rand(rows, columns, dtype=torch.float64, device=targets.device, generator=self.generator)
         point *= self.size[pool]
         slot = point.long()
-        fraction = point.sub_(slot)
+        fraction = None if self.uniform else point.sub_(slot)
         slot += self.start[pool]
-        items = torch.where(fraction < self.keep[slot], self.items[slot], self.alias[slot])
-        log_q = self.log_q[items]
-        if self.per_target and self.shared:
-            log_q = log_q.where(pool == target_pool, -torch.inf)
-        return Draw(items, log_q, self.log_q[targets])
+        items, log_q = self.items[slot], self.log_q[self.items[self.start[pool]]].expand(slot.shape)
+        if fraction is not None:
+            items = torch.where(fraction < self.keep[slot], items, self.alias[slot])
+            log_q = self.log_q[items]
+        return Draw(items, log_q, self.log_q[targets], row if self.shared else None)
 
 
 class InBatchSampler:

@@ -174,17 +174,19 @@ class Scorer(Protocol):
 
 
 class Draw(NamedTuple):
-    """Negatives for a flat list of targets: one row per position, or a single row that all positions share.
+    """Negatives for a flat list of targets: a row for each position, or rows that positions share.
 
     A draw may equal a position's target; a loss must mask it.
     """
 
     items: Int[Tensor, "rows negatives"]
     log_q: Float[Tensor, "rows negatives"]
-    """Log-probability of one draw under the sampler. -inf bars a shared item from a position: it is no negative
-    there; the rows are then one per position although `items` has one."""
+    """Log-probability of one draw under the sampler. -inf bars an item from a position: it is no negative there;
+    `items` may then have one row for all positions, while this has a row for each."""
     target_log_q: Float[Tensor, " positions"]
     """The same for the target itself."""
+    row: Int[Tensor, " positions"] | None = None
+    """The row that each position sees, where positions share rows, which bar nothing; None: its own."""
 
 
 @runtime_checkable

@@ -64,18 +64,22 @@ class ByTarget:
     items: torch.Tensor
     log_q: torch.Tensor
     target_log_q: torch.Tensor
+    row: torch.Tensor | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def draw(self, targets: torch.Tensor) -> Draw:
+        row = torch.zeros(11, dtype=torch.int64) if len(self.log_q) == 1 else self.row
+        if row is not None:
+            return Draw(self.items, self.log_q, self.target_log_q[targets], row[targets])
         items = self.items if len(self.items) == 1 else self.items[targets]
-        log_q = self.log_q if len(self.log_q) == 1 else self.log_q[targets]
-        return Draw(items, log_q, self.target_log_q[targets])
+        return Draw(items, self.log_q[targets], self.target_log_q[targets])
 
 
 def sampler(kind: str, num_negatives: int = 6) -> ByTarget:
-    """Draws with repetitions and accidental hits. `barred` shares its draws and bars those of other domains."""
+    """Draws with repetitions and accidental hits, `shared` by all positions or `by_domain`. `barred` shares them and
+    bars those of other domains."""
     generator = torch.Generator().manual_seed(1)
-    rows = 11 if kind == "per_position" else 1
+    rows = {"per_position": 11, "by_domain": 3}.get(kind, 1)
     items = torch.randint(1, 11, (rows, num_negatives), generator=generator)
     items[:, 1] = items[:, 0]
     if kind == "per_position":
@@ -83,7 +87,8 @@ def sampler(kind: str, num_negatives: int = 6) -> ByTarget:
     log_q = torch.rand(rows, num_negatives, generator=generator, dtype=torch.float64).log()
     if kind == "barred":
         log_q = log_q.where(ITEM_DOMAIN[items] == ITEM_DOMAIN[:, None], -torch.inf)
-    return ByTarget(items, log_q, torch.rand(11, generator=generator, dtype=torch.float64).log())
+    row = ITEM_DOMAIN.clamp(min=0) if kind == "by_domain" else None
+    return ByTarget(items, log_q, torch.rand(11, generator=generator, dtype=torch.float64).log(), row)
 
 
 def direct(config, hidden, table, targets, negatives, catalog=CATALOG) -> torch.Tensor:
@@ -99,7 +104,8 @@ def direct(config, hidden, table, targets, negatives, catalog=CATALOG) -> torch.
             terms.append((user, domain, loss))
             continue
         draw = negatives.draw(target[None])
-        kept = [(int(i), q) for i, q in zip(draw.items[0], draw.log_q[0], strict=True) if q > -torch.inf]
+        row = 0 if draw.row is None else draw.row[0]
+        kept = [(int(i), q) for i, q in zip(draw.items[row], draw.log_q[row], strict=True) if q > -torch.inf]
         draws = len(kept)
         kept = [(i, q) for i, q in kept if i != target]
         if config.name in ("bce", "gbce"):
@@ -151,7 +157,7 @@ def test_softmax_equals_the_direct_computation(catalogue, temperature, chunk_pos
     assert_same_with_gradients(config, targets=TARGETS[2:3])  # a single domain has targets
 
 
-@pytest.mark.parametrize("kind", ["per_position", "shared", "barred"])
+@pytest.mark.parametrize("kind", ["per_position", "shared", "by_domain", "barred"])
 @pytest.mark.parametrize("config", SAMPLED, ids=repr)
 def test_sampled_losses_equal_the_direct_computation(config, kind):
     assert_same_with_gradients(config, negatives=sampler(kind))
@@ -194,8 +200,11 @@ def test_losses_take_what_the_samplers_draw(config, negatives):
             if len(targets) > 1:
                 return draw
             row, self.position = self.position, self.position + 1
+            target_log_q = draw.target_log_q[row][None]
+            if draw.row is not None:
+                return Draw(draw.items, draw.log_q, target_log_q, draw.row[row][None])
             items, log_q = (x[0 if len(x) == 1 else row][None] for x in (draw.items, draw.log_q))
-            return Draw(items, log_q, draw.target_log_q[row][None])
+            return Draw(items, log_q, target_log_q)
 
     assert_same_with_gradients(config, negatives=Replayed(), catalog=catalog)
 
@@ -350,7 +359,7 @@ def test_either_side_may_be_frozen(config, kind):
     torch.testing.assert_close(silent, whole.detach())
 
 
-@pytest.mark.parametrize("kind", ["per_position", "shared"])
+@pytest.mark.parametrize("kind", ["per_position", "shared", "by_domain"])
 @pytest.mark.parametrize("config", EVERY, ids=repr)
 def test_losses_are_computed_in_single_precision_under_autocast(config, kind):
     hidden, table = inputs(dtype=torch.float32)
@@ -366,10 +375,11 @@ def test_losses_are_computed_in_single_precision_under_autocast(config, kind):
     assert table.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["per_position", "shared"])
 @pytest.mark.parametrize("config", EVERY, ids=repr)
-def test_large_scores_stay_finite(config):
+def test_large_scores_stay_finite(config, kind):
     hidden, table = inputs(dtype=torch.float32, scale=1e4)
-    loss = config.build(CATALOG)(hidden, table, batch_of(TARGETS), sampler("per_position"))
+    loss = config.build(CATALOG)(hidden, table, batch_of(TARGETS), sampler(kind))
     loss.backward()
     assert loss.isfinite()
     assert hidden.grad.isfinite().all()

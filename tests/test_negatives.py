@@ -55,12 +55,10 @@ def test_draws_follow_the_stated_distribution(alpha, shared):
     assert_drawn_from(each.items[:, num_negatives:], IN_DOMAIN[1], alpha)
 
     own = draw("target_domain")
-    open_to = own.log_q > -torch.inf
+    assert own.items.shape == (2 if shared else 200, num_negatives)
     for domain in (0, 1):
-        rows = ITEM_DOMAIN[targets] == domain
-        assert (open_to[rows].sum(1) == num_negatives).all()
-        one_row_of_draws = own.items.expand(len(targets), -1)[rows][:1] if shared else own.items[rows]
-        assert_drawn_from(one_row_of_draws[open_to[rows][: len(one_row_of_draws)]], IN_DOMAIN[domain], alpha)
+        of_domain = torch.tensor([0, 1]) == domain if shared else ITEM_DOMAIN[targets] == domain
+        assert_drawn_from(own.items[of_domain], IN_DOMAIN[domain], alpha)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -73,16 +71,17 @@ def test_log_q_is_the_log_probability_of_one_draw(scope, shared):
     for pool in [REAL] if scope == "all" else IN_DOMAIN.values():
         log_q[pool] = probabilities(pool, 0.7).log().float()
     torch.testing.assert_close(draw.target_log_q, log_q[targets])
-    items = draw.items.expand(*draw.log_q.shape)
-    barred = (ITEM_DOMAIN[items] != ITEM_DOMAIN[targets, None]) if scope == "target_domain" else False
-    torch.testing.assert_close(draw.log_q, torch.where(torch.as_tensor(barred), -torch.inf, log_q[items]))
+    torch.testing.assert_close(draw.log_q, log_q[draw.items])
+    if shared and scope == "target_domain":
+        assert torch.equal(draw.row, ITEM_DOMAIN[targets])
+        assert (ITEM_DOMAIN[draw.items] == torch.tensor([[0], [1]])).all()
 
 
 def test_uniform_is_popularity_without_popularity():
     targets = torch.tensor([1, 2, 5, 4])
     uniform = UniformConfig(num_negatives=9).build(CATALOG, seeded()).draw(targets)
     flat = PopularityConfig(num_negatives=9, alpha=0.0).build(CATALOG, seeded()).draw(targets)
-    for mine, its in zip(uniform, flat, strict=True):
+    for mine, its in zip(uniform[:3], flat[:3], strict=True):
         assert torch.equal(mine, its)
     torch.testing.assert_close(uniform.target_log_q, torch.tensor([5.0, 3.0, 5.0, 3.0]).log().neg())
 

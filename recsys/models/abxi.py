@@ -144,21 +144,21 @@ class ABXI(nn.Module):
             e, known, sizes = e[rows], known[rows], [len(x_rows), len(s_rows)]
         else:
             attended = self._attend(e, batch, cells, streams, slots)
-        attended = self.attention.output(attended).masked_fill(~known[:, None], 0)
+        attended = self.attention.output(attended).masked_fill_(~known[:, None], 0)
         x, s = self.attention_norm(e + self.dropout(attended)).split(sizes)
         if self.stack:
             x, s = self._set_apart(x, s, [block.slots for block in streams.blocks])
             for units in stack:
                 s = _exchange(units, s, slots, streams, view)
         if not at_end:  # what no question reads is left out
-            x, s = x[x_rows], s[s_rows]
+            x, s = x.index_select(0, x_rows), s.index_select(0, s_rows)
         if not self.stack:
             x, s = self._set_apart(x, s, owned)
-        own = s.new_zeros(x.shape).index_copy(0, own_rows, s)
+        own = s.new_zeros(x.shape).index_copy_(0, own_rows, s)
         answers = self._answer(x, own, counts.questions)
         return (
             answers.new_zeros(batch.items.numel(), x.shape[1])
-            .index_copy(0, asked, answers)
+            .index_copy_(0, asked, answers)
             .unflatten(0, batch.items.shape)
         )
 
@@ -382,4 +382,4 @@ def _inverse(cells: Int[Tensor, " rows"], total: int) -> Int[Tensor, " cells"]:
 
 def _spread(rows: Float[Tensor, "rows width"], cells: Int[Tensor, " rows"], total: int) -> Float[Tensor, "cells width"]:
     """The rows at their cells again, zeros elsewhere."""
-    return rows.new_zeros(total, rows.shape[1]).index_copy(0, cells, rows)
+    return rows.new_zeros(total, rows.shape[1]).index_copy_(0, cells, rows)

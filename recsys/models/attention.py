@@ -34,7 +34,7 @@ class MultiHeadAttention(nn.Module):
         mask: Bool[Tensor, "batch length context"],
     ) -> Float[Tensor, "batch length d_model"]:
         output = self.output(self.attend(self.query(query), self.key_value(context), mask))
-        return output.masked_fill(~mask.any(dim=-1, keepdim=True), 0)  # not even the out-projection's bias
+        return output.masked_fill_(~mask.any(dim=-1, keepdim=True), 0)  # not even the out-projection's bias
 
     def attend(
         self,
@@ -42,14 +42,15 @@ class MultiHeadAttention(nn.Module):
         key_value: Float[Tensor, "batch context two_d_model"],
         mask: Bool[Tensor, "batch length context"],
     ) -> Float[Tensor, "batch length d_model"]:
-        """The heads' results side by side, before the out-projection, of inputs that are projected already."""
+        """The heads' results side by side, before the out-projection, of inputs that are projected already.
+
+        What a query that may attend to nothing gets means nothing.
+        """
         q = self._split(query)
         k, v = (self._split(part) for part in key_value.chunk(2, dim=-1))
-        # A softmax over nothing is NaN, forward or backward, depending on the kernel. Such a row looks everywhere
-        # instead, and its result is thrown away.
-        empty = ~mask.any(dim=-1, keepdim=True)
-        attended = self.kernel(q, k, v, attn_mask=(mask | empty)[:, None])
-        return attended.transpose(1, 2).flatten(2).masked_fill(empty, 0)
+        # A softmax over nothing is NaN, forward or backward, depending on the kernel. Such a row looks everywhere.
+        attended = self.kernel(q, k, v, attn_mask=(mask | ~mask.any(dim=-1, keepdim=True))[:, None])
+        return attended.transpose(1, 2).flatten(2)
 
     def shares(
         self,

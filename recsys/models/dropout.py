@@ -56,10 +56,15 @@ class _CoinDropout(Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         mask, ctx.scale = _toss(x, p)
         ctx.save_for_backward(mask)
-        return torch.ops.aten.native_dropout_backward(x, mask, ctx.scale)
+        return _keep(x, mask, ctx.scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return torch.ops.aten.native_dropout_backward(grad, mask, ctx.scale), None
+        return _keep(grad, mask, ctx.scale), None
+
+
+def _keep(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
+    """As bytes: a product with booleans, or a choice by them, takes two to ten times as long."""
+    return (x * mask.view(torch.int8)).mul_(scale)
