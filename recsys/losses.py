@@ -462,7 +462,8 @@ class _SharedCrossEntropy(Function):
         negatives: Tensor,
         log_q: Tensor,
     ) -> Tensor:
-        d_hidden, d_target, d_weight = (torch.zeros_like(x) for x in (hidden, target_logits, weight))
+        d_hidden, d_target = torch.empty_like(hidden), torch.empty_like(target_logits)
+        d_weight = torch.zeros_like(weight)
         total = hidden.new_zeros(())
         buffer = _rows(min(_SHARED_ROWS, len(hidden)), len(weight), hidden)
         for start in range(0, len(hidden), _SHARED_ROWS):
@@ -470,7 +471,7 @@ class _SharedCrossEntropy(Function):
             states, target = hidden[chunk], target_logits[chunk, None]
             logits = torch.mm(states, weight.t(), out=buffer[: len(states)])
             logits -= log_q
-            logits.masked_fill_(negatives == targets[chunk, None], -torch.inf)
+            _leave_out(logits, negatives, targets[chunk])
             peak = torch.maximum(logits.amax(1, keepdim=True), target)
             unnormalised = logits.sub_(peak).exp_()
             of_target = (target - peak).exp()
@@ -488,6 +489,21 @@ class _SharedCrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, None, None]:
         d_hidden, d_target, d_weight = (grad * made for made in ctx.saved_tensors)
         return d_hidden, d_target, None, d_weight, None, None
+
+
+def _leave_out(
+    logits: Float[Tensor, "positions negatives"],
+    negatives: Int[Tensor, " negatives"],
+    targets: Int[Tensor, " positions"],
+) -> None:
+    """-inf where a negative is the position's target. They are few: on a CPU, which need not be waited for, only the
+    rows that have one are gone through."""
+    if logits.is_cuda:
+        logits.masked_fill_(negatives == targets[:, None], -torch.inf)
+        return
+    rows = torch.isin(targets, negatives).nonzero()
+    row, column = (negatives == targets[rows]).nonzero(as_tuple=True)
+    logits[rows[row, 0], column] = -torch.inf
 
 
 def fused_cross_entropy(

@@ -118,7 +118,7 @@ def evaluate(
             catalog = _on_device_of(targets.target, catalog)
             repeated[targets.domain] += int((targets.seen == targets.target[:, None]).any(1).sum())
             pools = _pools(protocols, catalog, targets.domain)
-            items = torch.cat(pools).unique()
+            items = pools[0] if all(pool is pools[0] for pool in pools) else torch.cat(pools).unique()
             scores = scorer.scores(targets.batch, items)  # once for all protocols
             if config.scores == "bf16":
                 scores = scores.bfloat16().float()

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from recsys.errors import UserError
 
+_CELLS = 2**19
+"""Scores that are held in fp64 at a time: few enough for a cache."""
+
 Ties = Literal["average", "optimistic", "pessimistic"]
 """What a tie with the target means: the expectation over a random order of the tied, its best or its worst case."""
 
@@ -108,7 +111,9 @@ def cross_entropy(
     of rows shows (an exponential in fp32 depends in its last bit on where its element lies in the tensor).
     """
     peak = scores.amax(1, keepdim=True).double()
-    total = torch.sub(scores, peak).exp_().sum(1)
+    rows = max(1, _CELLS // scores.shape[1])
+    parts = zip(scores.split(rows), peak.split(rows), strict=True)
+    total = torch.cat([torch.sub(part, top).exp_().sum(1) for part, top in parts])
     target = scores.gather(1, target_index[:, None])
     return (total.log() + (peak - target).squeeze(1)).float()
 

@@ -203,7 +203,8 @@ class ABXI(nn.Module):
             strict=True,
         )
         s = [self.attention.attend(q, kv, causal_mask(event)).flatten(0, 1) for q, kv, event in blocks if len(q)]
-        return torch.cat([x.flatten(0, 1)[cells], torch.cat(s)[slots] if s else s_query])
+        own = torch.cat(s).index_select(0, slots) if s else s_query
+        return torch.cat([x.flatten(0, 1).index_select(0, cells), own])
 
     def _attend_at_end(
         self,
@@ -219,26 +220,24 @@ class ABXI(nn.Module):
     ) -> Float[Tensor, "asking d_model"]:
         """As `_attend`, for the rows of `events` that ask, all of which are the last of their stream: those of `asked`
         in the merged history, then those of `slot`, `owned` of them in each domain."""
-        x_pair, s_pair = self.attention.key_value(events).split([len(cells), len(slots)])
-        x_query, s_query = self.attention.query(events[rows]).split([len(asked), len(slot)])
+        x, s = events.split([len(cells), len(slots)])
+        x_query, s_query = events.index_select(0, rows).split([len(asked), len(slot)])
         shape, real = batch.items.shape, batch.mask
         line = asked // shape[1]
-        x_query = _spread(x_query, line, shape[0])[:, None]
-        x_pair = _spread(x_pair, cells, real.numel()).unflatten(0, shape)
-        parts = [self.attention.attend(x_query, x_pair, real[:, None])[line, 0]]
+        x = _spread(x, cells, real.numel()).unflatten(0, shape)
+        parts = [self.attention.attend_once(x_query, x.index_select(0, line), real[line])]
         start = 0
         blocks = zip(
-            streams.split(_spread(s_pair, slots, len(streams.real))),
+            streams.split(_spread(s, slots, len(streams.real))),
             streams.split(streams.event),
             s_query.split(list(owned)),
             slot.split(list(owned)),
             strict=True,
         )
-        for pair, event, query, at in blocks:
+        for states, event, query, at in blocks:
             if len(at):
                 line = (at - start) // event.shape[1]
-                attended = self.attention.attend(_spread(query, line, len(event))[:, None], pair, event[:, None])
-                parts.append(attended[line, 0])
+                parts.append(self.attention.attend_once(query, states.index_select(0, line), event[line]))
             start += event.numel()
         return torch.cat(parts)
 
@@ -360,7 +359,7 @@ def _exchange(
 ) -> Float[Tensor, "own d_model"]:
     """The exchange on states without padding."""
     blocks = streams.split(_spread(states, slots, len(streams.real)))
-    return torch.cat([block.flatten(0, 1) for block in exchange(units, blocks, streams, view)])[slots]
+    return torch.cat([block.flatten(0, 1) for block in exchange(units, blocks, streams, view)]).index_select(0, slots)
 
 
 def _places_of_parts(parts: Sequence[Tensor], counts: Sequence[int]) -> Int[Tensor, " places"]:

@@ -52,6 +52,26 @@ class MultiHeadAttention(nn.Module):
         attended = self.kernel(q, k, v, attn_mask=(mask | ~mask.any(dim=-1, keepdim=True))[:, None])
         return attended.transpose(1, 2).flatten(2)
 
+    def attend_once(
+        self,
+        query: Float[Tensor, "batch d_model"],
+        context: Float[Tensor, "batch context d_model"],
+        mask: Bool[Tensor, "batch context"],
+    ) -> Float[Tensor, "batch d_model"]:
+        """`attend` for one query a row, of inputs that are not projected yet.
+
+        As q · (K y) = (K^T q) · y, and the mean of V y is V of the mean of y, no key and no value is made.
+        """
+        width = query.shape[1] // self.num_heads
+        (to_key, to_value), (_, value_bias) = self.key_value.weight.chunk(2), self.key_value.bias.chunk(2)
+        q = self.query(query).unflatten(1, (self.num_heads, width)).transpose(0, 1)
+        asking = torch.bmm(q, to_key.unflatten(0, (self.num_heads, width))).transpose(0, 1)  # batch heads d_model
+        scores = torch.bmm(asking, context.transpose(1, 2)) / width**0.5  # a key's bias adds the same to all of a row
+        weights = scores.masked_fill(~(mask | ~mask.any(dim=1, keepdim=True))[:, None], -torch.inf).softmax(dim=-1)
+        means = torch.bmm(weights, context).transpose(0, 1)
+        values = torch.bmm(means, to_value.unflatten(0, (self.num_heads, width)).transpose(1, 2))
+        return values.transpose(0, 1).flatten(1) + value_bias
+
     def shares(
         self,
         query: Float[Tensor, "batch length d_model"],

@@ -113,6 +113,6 @@ def exchange(units: nn.ModuleList, states: list[Tensor], streams: Streams, view:
     assert view is not None, "an exchange has units"
     merged = streams.gather(states, streams.event_slot)
     return [
-        unit(x, merged[view.rows[users]], mask) if len(x) else x
+        unit(x, merged.index_select(0, view.rows[users]), mask) if len(x) else x
         for unit, x, users, mask in zip(units, states, streams.users(), view.masks, strict=True)
     ]

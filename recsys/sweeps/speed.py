@@ -15,6 +15,7 @@ import torch
 
 from recsys.evaluation import rank_full
 from recsys.experiment import Data, Experiment, build_model
+from recsys.memory import keep_freed_memory
 from recsys.training.objective import StepObjective, compile_pass
 from recsys.training.run import choose_device, eval_batches, make_scorer, matmul_precision, train_batches
 
@@ -33,6 +34,7 @@ class Speed:
 def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: int = 3) -> Speed:
     """Trains a model that is thrown away for one step that is not timed (where it is compiled, one for each batch) and
     `steps` that are."""
+    keep_freed_memory()
     device = choose_device(experiment.trainer)
     config = experiment.trainer
     batches = train_batches(experiment, data, device, seed=0)

@@ -30,6 +30,7 @@ from recsys.evaluation.ranks import Split
 from recsys.evaluation.running import RankingMetrics
 from recsys.experiment import Data, Experiment, TrainerConfig, build_model, load_data
 from recsys.loading import ConfigError, load_yaml
+from recsys.memory import keep_freed_memory
 from recsys.models import count_parameters
 from recsys.probes import find_units
 from recsys.results import RunDirectory, RunError, atomic, fingerprint, write_json, write_text
@@ -60,6 +61,7 @@ def train(
     only with `retry`; `overwrite` starts from nothing. A failure leaves its traceback in `FAILED`. `callbacks` are told
     of the training beside its own.
     """
+    keep_freed_memory()
     run = RunDirectory.of(runs_dir, experiment.name, experiment.yaml(), data.fingerprint)
     match "new" if overwrite else run.state:
         case "done":
@@ -119,6 +121,7 @@ def open_run(path: Path, data_root: Path | None) -> tuple[RunDirectory, Experime
 
     Raises RunError where the checkpoint is of another config, or the data are not those of the run.
     """
+    keep_freed_memory()
     run = RunDirectory.open(path)
     experiment = load_yaml(run.config, Experiment)
     data = load_data(experiment.data, data_root)
