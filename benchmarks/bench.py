@@ -205,6 +205,12 @@ def table_of(results: list[dict[str, Any]]) -> list[dict[str, str]]:
     return rows
 
 
+def results_file(prefix: str, environment: dict[str, Any], threads: int) -> Path:
+    """Named by day and hardware."""
+    hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['processor']}-{threads}".lower()).strip("-")
+    return HERE / "results" / f"{prefix}{datetime.now(UTC):%Y-%m-%d}-{hardware}.json"
+
+
 def keep(result: dict[str, Any], path: Path) -> None:
     """Adds a case to the file of the day, in the place of an earlier measurement of it."""
     kept = json.loads(path.read_text()) if path.exists() else []
@@ -225,8 +231,7 @@ def main() -> None:
     cases = [c for c in CASES if not arguments.only or any(words in f"{c.name} {c.label}" for words in arguments.only)]
     environment = describe_environment(torch.device("cpu"))
     about = {"environment": environment, "machine": platform.platform(), "threads": arguments.threads}
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['processor']}-{arguments.threads}".lower()).strip("-")
-    path = HERE / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{hardware}.json"
+    path = results_file("", environment, arguments.threads)
     results = []
     for case in cases:
         if arguments.rounds:

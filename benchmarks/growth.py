@@ -26,7 +26,8 @@ AXES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "items, full softmax": ("items", [1_000, 10_000, 100_000, 1_000_000], {"loss": "full"}),
     "width": ("d_model", [32, 64, 128, 256, 512], {}),
     "length": ("length", [25, 50, 100, 200, 400], {}),
-    "domains": ("domains", [2, 4, 8, 16], {"model": "cross_domain"}),
+    "domains, with exchange": ("domains", [2, 4, 8, 16], {"model": "cross_domain", "cross": {}}),
+    "domains, without": ("domains", [2, 4, 8, 16], {"model": "cross_domain", "cross": None}),
 }
 USERS_PER_STEP = 64
 STEPS = 5
@@ -42,7 +43,9 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     from recsys.data.split import LeaveOneOut, make_split
     from recsys.experiment import Experiment
     from recsys.loading import parse_config
+    from recsys.memory import keep_freed_memory
 
+    keep_freed_memory()
     rng = np.random.default_rng(0)
     users, domains, items = point["events"] // point["length"], point["domains"], point["items"]
     item_domain = np.concatenate([[-1], np.arange(items) % domains])
@@ -58,7 +61,8 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     values = {
         "name": "growth",
         "data": {"source": {"name": "synthetic"}, "max_len": point["length"]},
-        "model": {"name": point.get("model", "sasrec"), **size},
+        "model": {"name": point.get("model", "sasrec"), **size}
+        | ({"cross": point["cross"]} if "cross" in point else {}),
         "loss": {"name": "softmax", "catalogue": "all"} if full else {"name": "sampled_softmax"},
         "negatives": None if full else {"name": "uniform", "num_negatives": 1024, "shared": True},
     }
@@ -103,7 +107,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path, title: str) -> No
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    figure = Figure(figsize=(12.5, 5.2), layout="constrained")
     panels = figure.subplots(2, len(results), sharex="col")
     for column, (name, points) in enumerate(results.items()):
         key = AXES[name][0]
@@ -132,7 +136,7 @@ def draw(results: dict[str, list[dict[str, Any]]], path: Path, title: str) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--axis", action="append", choices=AXES, help="only this axis; repeatable")
+    parser.add_argument("--axis", action="append", choices=AXES, help="only this axis, the others kept; repeatable")
     arguments = parser.parse_args()
     if arguments.point:
         print(json.dumps(measure(arguments.point)))
@@ -142,7 +146,14 @@ def main() -> None:
 
     from recsys.training.environment import describe_environment
 
+    environment = describe_environment(torch.device("cpu"))
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['processor']}-{torch.get_num_threads()}".lower()).strip("-")
+    path = HERE / "results" / f"growth-{today}-{hardware}.json"
     results: dict[str, list[dict[str, Any]]] = {}
+    if arguments.axis and path.exists():
+        kept = json.loads(path.read_text())["results"]
+        results = {name: kept[name] for name in AXES if name in kept and name not in arguments.axis}
     for name in arguments.axis or AXES:
         key, values, others = AXES[name]
         for value in values:
@@ -154,10 +165,7 @@ def main() -> None:
             found = {"point": point} | json.loads(done.stdout.splitlines()[-1])
             results.setdefault(name, []).append(found)
             print(f"{name:25} {value:>10,}  {1000 * found['seconds_per_step']:9.1f} ms  {found['peak_mib']:8.0f} MiB")
-    environment = describe_environment(torch.device("cpu"))
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['processor']}-{torch.get_num_threads()}".lower()).strip("-")
-    path = HERE / "results" / f"growth-{today}-{hardware}.json"
+    results = {name: results[name] for name in AXES if name in results}
     path.write_text(
         json.dumps({"environment": environment, "load": os.getloadavg(), "results": results}, indent=1) + "\n"
     )

@@ -52,6 +52,9 @@ ROOFLINE = ["model.d_model=256", "model.d_ff=1024", "model.num_layers=1", "model
 class Training:
     """Steps over the batches of an experiment, epoch after epoch, without validation."""
 
+    warm_up = 12
+    """Steps before the first that is asked for: those in which the memory of a run is still growing."""
+
     def __init__(self, config: str, overrides: list[str]) -> None:
         values = load_yaml(ROOT / "configs" / "amazon_afk" / config, Experiment).model_dump(mode="json")
         self.experiment = parse_config(apply_overrides(values, overrides), Experiment, config)
@@ -65,6 +68,8 @@ class Training:
         self.optimizer, _ = self.experiment.optim.build(self.model, 10_000, "")
         self.step_objective = StepObjective(self.model, self.loss, self.negatives, torch.Generator().manual_seed(0))
         self.batches = self._batches()
+        for _ in range(self.warm_up):
+            self.step()
 
     def _batches(self) -> Iterator[Batch]:
         trainer = self.experiment.trainer
@@ -116,6 +121,8 @@ class Counted(Training):
 class NaiveABXI(Training):
     """The same parameters and equations, with everything padded and every negative gathered."""
 
+    warm_up = 0
+
     def objective(self, batch: Batch) -> Tensor:
         assert self.negatives is not None
         draw = self.negatives.draw(batch.targets.flatten())
@@ -126,6 +133,8 @@ class NaiveABXI(Training):
 
 class Ranking(Training):
     """All test users: every item of the target's domain, and the sampled protocol in the same pass."""
+
+    warm_up = 0
 
     def step(self) -> int:
         evaluation = evaluate(
@@ -143,6 +152,8 @@ class Ranking(Training):
 
 class NaiveRanking(Training):
     """1,024 test users: each target among 999 of its domain, their vectors gathered per user, ties for the target."""
+
+    warm_up = 0
 
     def step(self) -> int:
         batches = EvalBatches(
@@ -194,5 +205,6 @@ CONTENDERS: dict[str, Callable[[], Any]] = {
 }
 
 if __name__ == "__main__":
+    keep_freed_memory()
     contender = CONTENDERS[sys.argv[1]]()
     serve(contender.step, contender.about())

@@ -496,14 +496,18 @@ def _leave_out(
     negatives: Int[Tensor, " negatives"],
     targets: Int[Tensor, " positions"],
 ) -> None:
-    """-inf where a negative is the position's target. They are few: on a CPU, which need not be waited for, only the
-    rows that have one are gone through."""
-    if logits.is_cuda:
+    """-inf where a negative is the position's target."""
+    if not _may_count(logits):
         logits.masked_fill_(negatives == targets[:, None], -torch.inf)
         return
-    rows = torch.isin(targets, negatives).nonzero()
+    rows = torch.isin(targets, negatives).nonzero()  # a few, and only these are gone through
     row, column = (negatives == targets[rows]).nonzero(as_tuple=True)
     logits[rows[row, 0], column] = -torch.inf
+
+
+def _may_count(values: Tensor) -> bool:
+    """Whether a shape may depend on values; a step on a GPU would have to wait for them."""
+    return not values.is_cuda
 
 
 def fused_cross_entropy(

@@ -164,6 +164,15 @@ def test_sampled_losses_equal_the_direct_computation(config, kind):
     assert_same_with_gradients(config, negatives=sampler(kind), targets=TARGETS[2:3])
 
 
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("kind", ["shared", "by_domain"])
+@pytest.mark.parametrize("config", [config for config in SAMPLED if config.name == "sampled_softmax"], ids=repr)
+def test_shared_negatives_in_several_pieces(config, kind, counts, monkeypatch):
+    monkeypatch.setattr(losses, "_SHARED_ROWS", 2)
+    monkeypatch.setattr(losses, "_may_count", lambda _: counts)
+    assert_same_with_gradients(config, negatives=sampler(kind))
+
+
 @pytest.mark.parametrize("num_negatives", [6, 40], ids=["fewer than items", "more than items"])
 @pytest.mark.parametrize("config", SAMPLED, ids=repr)
 def test_sampled_losses_without_sparse_kernels(config, num_negatives, monkeypatch):

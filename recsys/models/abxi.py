@@ -225,7 +225,7 @@ class ABXI(nn.Module):
         shape, real = batch.items.shape, batch.mask
         line = asked // shape[1]
         x = _spread(x, cells, real.numel()).unflatten(0, shape)
-        parts = [self.attention.attend_once(x_query, x.index_select(0, line), real[line])]
+        parts = [self.attention.attend_once(_spread(x_query, line, len(x)), x, real).index_select(0, line)]
         start = 0
         blocks = zip(
             streams.split(_spread(s, slots, len(streams.real))),
@@ -237,7 +237,8 @@ class ABXI(nn.Module):
         for states, event, query, at in blocks:
             if len(at):
                 line = (at - start) // event.shape[1]
-                parts.append(self.attention.attend_once(query, states.index_select(0, line), event[line]))
+                query = _spread(query, line, len(states))
+                parts.append(self.attention.attend_once(query, states, event).index_select(0, line))
             start += event.numel()
         return torch.cat(parts)
 
