@@ -321,9 +321,7 @@ def _zero(states: Float[Tensor, "positions d_model"], table: Float[Tensor, "item
     return states[:0].sum() + table[:0].sum()
 
 
-def _sort(
-    group: Int[Tensor, " positions"], groups: int, batch: Batch
-) -> tuple[Int[Tensor, " positions"], list[int]]:
+def _sort(group: Int[Tensor, " positions"], groups: int, batch: Batch) -> tuple[Int[Tensor, " positions"], list[int]]:
     """The positions group by group, and how many each has. Groups are the domains, or there is only one."""
     order = torch.argsort(group, stable=True)
     if groups == 1:

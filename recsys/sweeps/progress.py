@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import torch
 from rich import box
 from rich.console import Console
 from rich.live import Live
@@ -14,9 +15,9 @@ from rich.text import Text
 
 from recsys.experiment import load_data
 from recsys.scaling.records import RESPONSES
+from recsys.sweeps.estimate import estimate
 from recsys.sweeps.execute import Desk
 from recsys.sweeps.plan import Cell, Plan
-from recsys.sweeps.speed import measure_speed
 
 _SIGNS = {"done": "✓", "failed": "✗", "partial": "…", "new": "·", "edge": "edge", "untuned": "✗"}
 
@@ -24,15 +25,15 @@ _SIGNS = {"done": "✓", "failed": "✗", "partial": "…", "new": "·", "edge":
 def estimate_frame(plan: Plan, cells: Sequence[Cell], data_root: Path | None) -> tuple[pd.DataFrame, float]:
     """One row per cell as text, and the seconds of all, from a few steps of each; nothing is kept of them.
 
-    A run that stops early takes less, and its test ranking is left out of the estimate.
+    A run that stops early takes less. The process then has the sweep's number of threads.
     """
+    torch.set_num_threads(plan.config.threads)
     load = cache(lambda config: load_data(config, data_root))
     tuning, seeds = plan.config.tuning, len(plan.config.seeds)
     runs = seeds + (0 if tuning is None else tuning.trials)
     rows, total = [], 0.0
     for cell in cells:
-        speed = measure_speed(cell.experiment, load(cell.experiment.data), memory=False)
-        seconds = speed.seconds_per_epoch * cell.experiment.trainer.epochs
+        seconds = estimate(cell.experiment, load(cell.experiment.data), memory=False).seconds
         total += seconds * runs
         study = {"study": cell.study} if cell.study else {}
         rows.append(

@@ -19,6 +19,9 @@ from recsys.memory import keep_freed_memory
 from recsys.training.objective import StepObjective, compile_pass
 from recsys.training.run import choose_device, eval_batches, make_scorer, matmul_precision, train_batches
 
+_SECONDS = 2.0
+"""That a measurement takes at least."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -32,8 +35,11 @@ class Speed:
 
 
 def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: int = 3) -> Speed:
-    """Trains a model that is thrown away for one step that is not timed (where it is compiled, one for each batch) and
-    `steps` that are."""
+    """Trains a model that is thrown away on `steps` batches spread over an epoch.
+
+    First for some seconds that are not timed, as caches fill and memory grows (where it is compiled, one step for each
+    batch), then each batch equally often, for some seconds.
+    """
     keep_freed_memory()
     device = choose_device(experiment.trainer)
     config = experiment.trainer
@@ -67,10 +73,15 @@ def measure_speed(experiment: Experiment, data: Data, *, memory: bool, steps: in
             loss.backward()
         optimizer.step()
 
-    for index in range(1 if config.compile is None else len(sampled)):  # a graph for each shape
+    started = time.perf_counter()
+    for index in range(len(sampled)):
         step(index)
-    times = sorted(_seconds(partial(step, index), device) for index in range(1, steps + 1))
-    seconds, mean = times[len(times) // 2], sum(times) / len(times)
+        if config.compile is None and time.perf_counter() - started > _SECONDS:
+            break
+    times: list[float] = []
+    while sum(times) < _SECONDS:
+        times += [_seconds(partial(step, index), device) for index in range(1, steps + 1)]
+    seconds, mean = sorted(times)[len(times) // 2], sum(times) / len(times)
     rows = sum(int(batch.mask.any(1).sum()) for batch in sampled) / len(sampled)
     return Speed(
         seconds_per_step=seconds,
@@ -84,9 +95,9 @@ def _validation(experiment: Experiment, data: Data, model: torch.nn.Module, devi
     """Seconds, from one of its batches."""
     scorer, catalog = make_scorer(model.eval(), experiment), data.catalog.to(device)
     batches = eval_batches(experiment, data, experiment.eval, "validation", device)
-    first = next(iter(batches))
-    once = _seconds(lambda: rank_full(scorer, first, catalog, experiment.eval.seen), device)
-    return once * len(batches)
+    middle = list(batches)[len(batches) // 2]
+    once = [_seconds(lambda: rank_full(scorer, middle, catalog, experiment.eval.seen), device) for _ in range(3)]
+    return min(once) * len(batches)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
