@@ -15,6 +15,7 @@ from recsys.data.batches import EvalBatches, TrainBatches
 from recsys.evaluation import DotScorer, EvalConfig, evaluate
 from recsys.experiment import Data, Experiment, build_model, load_data
 from recsys.loading import apply_overrides, load_yaml, parse_config
+from recsys.memory import keep_freed_memory
 from recsys.models.embeddings import ItemEmbedding
 from recsys.training.objective import StepObjective
 from recsys.types import PAD_ID, Batch
