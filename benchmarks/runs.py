@@ -146,6 +146,26 @@ def quality(rounds: int, peers: Path) -> dict[str, Any]:
     return {"quality": found}
 
 
+def table_of(kept: dict[str, Any]) -> list[dict[str, str]]:
+    """The lines that are shown, and stand in the README."""
+    rows = []
+    for name, seconds in kept.get("seconds_to_first_step", {"found": {}})["found"].items():
+        spread = f"{min(seconds):.1f} to {max(seconds):.1f}, n = {len(seconds)}"
+        rows.append(("from the command to the end of its first step", name, f"{median(seconds):.1f} s ({spread})"))
+    for one in kept.get("estimates", {"found": []})["found"]:
+        setting = ", ".join([one["config"], *one["overrides"]])
+        told = f"{one['estimate']:.0f} s said, {one['seconds']:.0f} s taken"
+        rows.append(("what `recsys estimate` says of a run", setting, told))
+    if "quality" in kept:
+        found = kept["quality"]["found"]
+        ndcg = " and ".join(f"{value:.3f}" for value in found["ndcg@10[abxi_999]"].values())
+        told = f"{found['seconds']:.0f} s, NDCG@10 {ndcg} under abxi_999"
+        if "share_of_it" in found:
+            told += f"; {found['share_of_it']:.2f} of an epoch of the released ABXI ({found['released_epoch']:.0f} s)"
+        rows.append(("a short run, from the command to its test numbers", found["config"], told))
+    return [dict(zip(("what", "config", "found"), row, strict=True)) for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["start", "estimate", "quality"], nargs="+")
@@ -164,11 +184,13 @@ def main() -> None:
             found = quality(arguments.rounds, arguments.peers.resolve())
         kept |= {key: {"found": value, "environment": environment} for key, value in found.items()}
         write_text(path, json.dumps(kept, indent=1) + "\n")
-    table = Table("what", "found")
-    for key, value in kept.items():
-        table.add_row(key, json.dumps(value["found"], indent=1))
-    Console().print(table)
-    print(f"written  {path}")
+    rows = table_of(kept)
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console()
+    console.print(table)
+    console.print(f"written  {path}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
