@@ -22,6 +22,7 @@ from recsys.scaling.records import read_table, studies
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from bench import table_of
+from runs import table_of as table_of_runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -119,3 +120,9 @@ def test_speeds_are_those_of_the_committed_measurement() -> None:
     [path] = sorted((ROOT / "benchmarks" / "results").glob("20*-amd-epyc-2.json"))[-1:]
     frame = pd.DataFrame(table_of(json.loads(path.read_text())))
     assert table("speed") == render(frame, "markdown").strip()
+
+
+def test_what_a_user_waits_for_is_what_was_measured() -> None:
+    [path] = sorted((ROOT / "benchmarks" / "results").glob("runs-*-amd-epyc-2.json"))[-1:]
+    frame = pd.DataFrame(table_of_runs(json.loads(path.read_text())))
+    assert table("runs") == render(frame, "markdown").strip()
