@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed, which decides a sixth of the time of a training step on a CPU."""
+"""What the C library does with memory that is freed, which costs some percent of a training step on a CPU."""
 
 import ctypes
 import mmap
