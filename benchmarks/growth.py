@@ -7,7 +7,6 @@ Writes `benchmarks/results/growth-<date>-<hardware>.json` and the figure beside 
 import argparse
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-HERE = Path(__file__).parent
 BASE = {"events": 200_000, "items": 20_000, "d_model": 64, "length": 50, "domains": 2, "loss": "shared"}
 """20,000 items in 2 domains, 50 events a user, 64 users a step, 1,024 shared negatives."""
 AXES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
@@ -143,13 +141,12 @@ def main() -> None:
         return
 
     import torch
+    from bench import results_file
 
     from recsys.training.environment import describe_environment
 
     environment = describe_environment(torch.device("cpu"))
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{environment['processor']}-{torch.get_num_threads()}".lower()).strip("-")
-    path = HERE / "results" / f"growth-{today}-{hardware}.json"
+    path = results_file("growth-", environment, torch.get_num_threads())
     results: dict[str, list[dict[str, Any]]] = {}
     if arguments.axis and path.exists():
         kept = json.loads(path.read_text())["results"]
@@ -169,7 +166,8 @@ def main() -> None:
     path.write_text(
         json.dumps({"environment": environment, "load": os.getloadavg(), "results": results}, indent=1) + "\n"
     )
-    draw(results, path.with_suffix(".png"), f"{environment['processor']}, {torch.get_num_threads()} threads, {today}")
+    title = f"{environment['processor']}, {torch.get_num_threads()} threads, {datetime.now(UTC):%Y-%m-%d}"
+    draw(results, path.with_suffix(".png"), title)
     print(f"written  {path}")
 
 

@@ -126,11 +126,13 @@ class CatalogSampler:
         point = torch.rand(rows, columns, dtype=torch.float64, device=targets.device, generator=self.generator)
         point *= self.size[pool]
         slot = point.long()
-        fraction = None if self.uniform else point.sub_(slot)
-        slot += self.start[pool]
-        items, log_q = self.items[slot], self.log_q[self.items[self.start[pool]]].expand(slot.shape)
-        if fraction is not None:
-            items = torch.where(fraction < self.keep[slot], items, self.alias[slot])
+        if self.uniform:  # every slot is its own item's, and one log q is that of all
+            items = self.items[slot + self.start[pool]]
+            log_q = self.log_q[self.items[self.start[pool]]].expand(items.shape)
+        else:
+            fraction = point.sub_(slot)
+            slot += self.start[pool]
+            items = torch.where(fraction < self.keep[slot], self.items[slot], self.alias[slot])
             log_q = self.log_q[items]
         return Draw(items, log_q, self.log_q[targets], row if self.shared else None)
 

@@ -15,7 +15,7 @@ STEPS = 8
 @dataclass(frozen=True)
 class Estimate:
     steps: int
-    """That were timed."""
+    """Batches whose steps were timed, each equally often."""
     speed: Speed
     epochs: int
     """At most; with `trainer.patience` training may stop before."""

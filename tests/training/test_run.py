@@ -59,6 +59,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return run_it(experiment(), tmp_path_factory.mktemp("runs"))
 
 
+class Losses(pl.Callback):
+    """Every step's loss with the rows of its batch."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, int]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append((float(outputs["loss"]), len(batch.user)))
+
+
+def test_the_logged_loss_is_the_mean_over_rows(tmp_path: Path) -> None:
+    config, losses = experiment(trainer={"epochs": 2, "batch_size": 30, "device": "cpu"}), Losses()
+    data = load_data(config.data, None)
+    run = train(config, data, tmp_path, Console(file=io.StringIO()), callbacks=[losses])
+    assert len({rows for _, rows in losses.steps}) > 1, "the last batch is a smaller one"
+    half = len(losses.steps) // 2
+    for record, steps in zip(run.read_log(), (losses.steps[:half], losses.steps[half:]), strict=True):
+        mean = sum(loss * rows for loss, rows in steps) / sum(rows for _, rows in steps)
+        assert record["train/loss"] == pytest.approx(mean, rel=1e-6)
+
+
 def test_what_a_run_leaves_behind(finished: RunDirectory) -> None:
     names = {path.name for path in finished.path.iterdir()}
     assert names == {
