@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -20,8 +20,8 @@ from recsys.evaluation.protocols import (
     NegativesHash,
     ProtocolName,
     RankingProtocol,
-    among,
     draw_negatives,
+    positions,
 )
 from recsys.evaluation.rank import RankInterval, Ties, cross_entropy, hide, rank, rank_sampled
 from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, Seen, Split, ranks_table
@@ -126,11 +126,9 @@ def evaluate(
                 columns = torch.searchsorted(items, pool)
                 key = (protocol.name, targets.domain)
                 if protocol.negatives is None:
-                    field = _Field.of(
-                        scores if len(pool) == len(items) else scores[:, columns], pool, targets, catalog, config.seen
-                    )
-                    ranks, loss = field.rank()
-                    coverage.setdefault(key, Coverage(len(pool), config.ks)).update(field.visible)
+                    of_pool = scores if len(pool) == len(items) else scores[:, columns]
+                    covered = coverage.setdefault(key, Coverage(len(pool), config.ks))
+                    ranks, loss = _rank_pool(of_pool, pool, targets, catalog, config.seen, covered)
                 elif protocol.by_thread:
                     assert isinstance(scorer, DotScorer)
                     parts = scorer.thread_scores(targets.batch, pool)
@@ -164,7 +162,7 @@ def rank_full(
     with torch.no_grad():
         for chunk in _chunks([targets]):
             (pool,) = _pools([PROTOCOLS["full"]], catalog, chunk.domain)
-            found.append(_Field.of(scorer.scores(chunk.batch, pool), pool, chunk, catalog, seen).rank())
+            found.append(_rank_pool(scorer.scores(chunk.batch, pool), pool, chunk, catalog, seen))
     return RankInterval.concatenate([ranks for ranks, _ in found]), torch.cat([loss for _, loss in found])
 
 
@@ -190,34 +188,24 @@ def _rank_by_thread(
     )
 
 
-@dataclass(frozen=True)
-class _Field:
-    """Some targets among a whole pool."""
-
-    scores: Float[Tensor, "batch candidates"]
-    target_index: Int[Tensor, " batch"]
-    excluded: Bool[Tensor, "batch candidates"] | None
-    visible: Float[Tensor, "batch candidates"]
-    """The scores, -inf where excluded."""
-    users: Int[Tensor, " batch"]
-
-    @staticmethod
-    def of(
-        scores: Float[Tensor, "batch candidates"],
-        pool: Int[Tensor, " candidates"],
-        targets: Targets,
-        catalog: Catalog,
-        seen: Seen,
-    ) -> "_Field":
-        target_index = torch.searchsorted(pool, targets.target.contiguous())
-        if seen == "none":
-            return _Field(scores, target_index, None, scores, targets.user)
-        excluded = among(pool, targets.seen, catalog).scatter(1, target_index[:, None], False)
-        return _Field(scores, target_index, excluded, hide(scores, excluded), targets.user)
-
-    def rank(self) -> tuple[RankInterval, Float[Tensor, " batch"]]:
-        ranks = rank(self.scores, self.target_index, self.excluded, self.users, self.visible)
-        return ranks, cross_entropy(self.visible, self.target_index)
+def _rank_pool(
+    scores: Float[Tensor, "batch candidates"],
+    pool: Int[Tensor, " candidates"],
+    targets: Targets,
+    catalog: Catalog,
+    seen: Seen,
+    coverage: Coverage | None = None,
+) -> tuple[RankInterval, Float[Tensor, " batch"]]:
+    """Ranks and cross-entropies of some targets among a whole pool; `coverage` gets their lists."""
+    target_index = torch.searchsorted(pool, targets.target.contiguous())
+    excluded = None
+    if seen == "history":
+        places = positions(pool, catalog)[targets.seen]
+        excluded = places.where(places < len(pool), target_index[:, None])
+    visible = hide(scores, target_index, excluded, targets.user)
+    if coverage is not None:
+        coverage.update(visible)
+    return rank(visible, target_index), cross_entropy(visible, target_index)
 
 
 def _pools(protocols: Sequence[RankingProtocol], catalog: Catalog, domain: int) -> list[Int[Tensor, " candidates"]]:

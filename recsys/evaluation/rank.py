@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from recsys.errors import UserError
 
-_CELLS = 2**19
+_CELLS = 2**20
 """Scores that are held in fp64 at a time: few enough for a cache."""
 
 Ties = Literal["average", "optimistic", "pessimistic"]
@@ -48,36 +48,40 @@ class RankInterval:
         return RankInterval(greater, torch.zeros_like(self.ties), self.candidates)
 
 
-def rank(
+def hide(
     scores: Float[Tensor, "batch candidates"],
     target_index: Int[Tensor, " batch"],
-    excluded: Bool[Tensor, "batch candidates"] | None,
+    excluded: Int[Tensor, "batch some"] | None,
     users: Int[Tensor, " batch"],
-    visible: Float[Tensor, "batch candidates"] | None = None,
-) -> RankInterval:
-    """Rank of each row's target among the row's candidates that are not `excluded`; the target never is.
+) -> Float[Tensor, "batch candidates"]:
+    """What there is to rank: the scores, -inf for the `excluded` columns of each row.
 
-    `visible`: what `hide` makes of both, where it is there already. Half precision is raised to fp32 (which cannot undo
-    the ties of a product that was rounded to it). Raises NonFiniteScores, naming `users`, if a counted score is NaN or
-    infinite.
+    The target never is excluded; its column fills up rows that exclude fewer. Half precision is raised to fp32 (which
+    cannot undo the ties of a product that was rounded to it). Raises NonFiniteScores, naming `users`, if a score that
+    is not excluded is NaN or infinite.
     """
     scores = _at_least_fp32(scores)
-    candidates = torch.full_like(target_index, scores.shape[1], dtype=torch.int64)
-    if excluded is not None:
-        excluded = excluded.scatter(1, target_index[:, None], False)
-        candidates -= _count(excluded)
-    require_finite(scores, excluded, users)
-    if visible is None:
-        visible = hide(scores, excluded)
+    if excluded is None:
+        require_finite(scores, users)
+        return scores
+    target = target_index[:, None]
+    own = scores.gather(1, target)
+    if not _finite(scores):
+        require_finite(scores.scatter(1, excluded, 0).scatter_(1, target, own), users)
+    return scores.scatter(1, excluded, -torch.inf).scatter_(1, target, own)
+
+
+def rank(visible: Float[Tensor, "batch candidates"], target_index: Int[Tensor, " batch"]) -> RankInterval:
+    """Rank of each row's target among the row's candidates; -inf marks what is none (see `hide`)."""
     target = visible.gather(1, target_index[:, None])
-    return RankInterval(_count(visible > target), _count(visible == target) - 1, candidates)
-
-
-def hide(
-    scores: Float[Tensor, "batch candidates"], excluded: Bool[Tensor, "batch candidates"] | None
-) -> Float[Tensor, "batch candidates"]:
-    """-inf where excluded, which is neither above a finite score nor equal to it."""
-    return scores if excluded is None else scores.masked_fill(excluded, -torch.inf)
+    # Ones and zeros in the type of the scores are made and summed several times faster than booleans on a CPU.
+    found = torch.empty_like(visible)
+    exact = torch.float64 if visible.shape[1] > 2**24 else None  # fp32 counts up to there
+    greater, equal, candidates = (
+        compare(visible, bound, out=found).sum(1, dtype=exact).long()
+        for compare, bound in ((torch.gt, target), (torch.eq, target), (torch.gt, -torch.inf))
+    )
+    return RankInterval(greater, equal - 1, candidates)
 
 
 def rank_sampled(
@@ -96,7 +100,7 @@ def rank_sampled(
     scores = _at_least_fp32(scores)
     target = scores.gather(1, target_index[:, None])
     rivals = scores.gather(1, negatives)
-    require_finite(torch.cat([target, rivals], dim=1), None, users)
+    require_finite(torch.cat([target, rivals], dim=1), users)
     greater = (rivals > target + margin).sum(1)
     ties = (real & (rivals >= target - margin)).sum(1) - greater
     return RankInterval(greater, ties, 1 + real.sum(1))
@@ -118,21 +122,12 @@ def cross_entropy(
     return (total.log() + (peak - target).squeeze(1)).float()
 
 
-def require_finite(
-    scores: Float[Tensor, "batch candidates"],
-    excluded: Bool[Tensor, "batch candidates"] | None,
-    users: Int[Tensor, " batch"],
-) -> None:
-    """Raise NonFiniteScores, naming the first users, if a score that is not excluded is NaN or infinite."""
-    low, high = scores.aminmax()  # one pass; a NaN anywhere makes both NaN
-    if torch.isfinite(low) and torch.isfinite(high):
+def require_finite(scores: Float[Tensor, "batch candidates"], users: Int[Tensor, " batch"]) -> None:
+    """Raise NonFiniteScores, naming the first users, if a score is NaN or infinite."""
+    if _finite(scores):
         return
     bad = ~scores.isfinite()
-    if excluded is not None:
-        bad &= ~excluded
     rows = bad.any(1)
-    if not rows.any():
-        return
     named = users[rows].unique().tolist()
     listed = ", ".join(map(str, named[:5])) + (", ..." if len(named) > 5 else "")
     raise NonFiniteScores(
@@ -141,9 +136,9 @@ def require_finite(
     )
 
 
-def _count(chosen: Bool[Tensor, "batch candidates"]) -> Int[Tensor, " batch"]:
-    """Of each row; sums of bytes into 64 bits would be copied into them first."""
-    return chosen.sum(1, dtype=torch.int32).long()
+def _finite(scores: Float[Tensor, "batch candidates"]) -> bool:
+    low, high = scores.aminmax()  # one pass; a NaN anywhere makes both NaN
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def _at_least_fp32(scores: Tensor) -> Tensor:

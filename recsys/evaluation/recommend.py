@@ -32,7 +32,7 @@ def recommend(
     asked[:, -1] = domain
     with torch.no_grad():
         scores = scorer.scores(replace(batch, target_domains=asked), items)
-    require_finite(scores, None, batch.user)
+    require_finite(scores, batch.user)
     if seen is not None:
         scores = scores.masked_fill(among(items, seen, catalog), -torch.inf)
     best, order = scores.sort(dim=1, descending=True, stable=True)

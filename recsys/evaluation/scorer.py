@@ -21,16 +21,22 @@ class DotScorer:
     rows that share its batch, to the last bit for a model that works on the whole of it. One that packs its valid
     tokens, or a stream per domain, makes shapes of its own, and its scores vary by a few 1e-7 with the batch. Dropout
     would make scores random: a module in training mode is refused.
+
+    The item vectors are read once for as long as the same tensor of items is asked for: make another scorer when the
+    model has changed.
     """
 
     def __init__(self, model: Recommender, max_len: int | None = None, rows: int = 256) -> None:
         self.model = model
         self.max_len = max_len
         self.rows = rows
+        self._items: Tensor | None = None
+        self._vectors = torch.empty(0)
 
     def scores(self, batch: Batch, items: Int[Tensor, " candidates"]) -> Float[Tensor, "batch candidates"]:
         table = self._table(items)
-        return torch.cat([(state @ table.T).float()[:count] for state, count in self._states(batch)])
+        parts = [(state @ table.T)[:count].float() for state, count in self._states(batch)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def thread_scores(
         self, batch: Batch, items: Int[Tensor, " candidates"]
@@ -46,7 +52,9 @@ class DotScorer:
         return torch.cat([torch.stack(chunk) for chunk in chunks], dim=1)
 
     def _table(self, items: Int[Tensor, " candidates"]) -> Float[Tensor, "candidates d_model"]:
-        return self.model.item_embeddings()[items].double()  # autocast lets products in fp64 be
+        if self._items is not items:
+            self._items, self._vectors = items, self.model.item_embeddings()[items].double()
+        return self._vectors  # autocast lets products in fp64 be
 
     def _states(self, batch: Batch) -> list[tuple[Float[Tensor, "rows d_model"], int]]:
         assert not (isinstance(self.model, nn.Module) and self.model.training), "call model.eval() before scoring"

@@ -114,6 +114,10 @@ class ABXI(nn.Module):
         asks = batch.mask & (batch.target_domains == domains)
         # What is asked at the end of a history alone, as in an evaluation, needs no other state.
         at_end = not (self.training or self.stack or batch.sizes) and not bool(asks[:, :, :-1].any())
+        before = 0
+        if at_end and not crosses:  # and none of its work is done on the positions before the longest history
+            before = int(batch.mask.any(dim=0).int().argmax())
+            batch, asks = batch.map(lambda part: part[..., before:] if part.ndim == 2 else part), asks[..., before:]
         streams = cut_streams(_of_asked(batch) if at_end and not crosses else batch, self.num_domains, crosses)
         view = look(batch, streams, self.early or self.stack)
         counts = streams.sizes
@@ -128,7 +132,6 @@ class ABXI(nn.Module):
         x, s = self.embedding(items, order, items, known).split(sizes)
         for units in early:
             s = _exchange(units, s, slots, streams, view)
-        e = torch.cat([x, s])
 
         # The questions, domain by domain; those of a domain without events so far have no slot without an exchange.
         asked = torch.cat([places(asks[k], count) for k, count in enumerate(counts.questions)])
@@ -139,12 +142,14 @@ class ABXI(nn.Module):
         x_rows = _inverse(cells, batch.items.numel())[asked]
         s_rows = _inverse(slots, len(streams.real) + 1)[slot[own_rows]]
         if at_end:
-            rows = torch.cat([x_rows, len(cells) + s_rows])
-            attended = self._attend_at_end(e, rows, batch, cells, streams, slots, asked, slot[own_rows], owned)
-            e, known, sizes = e[rows], known[rows], [len(x_rows), len(s_rows)]
+            asking = [x.index_select(0, x_rows), s.index_select(0, s_rows)]
+            attended = self._attend_at_end(x, s, asking, batch, cells, streams, slots, asked, slot[own_rows], owned)
+            known = torch.cat([known[: len(x)][x_rows], known[len(x) :][s_rows]])
+            e, sizes = torch.cat(asking), [len(part) for part in asking]
         else:
+            e = torch.cat([x, s])
             attended = self._attend(e, batch, cells, streams, slots)
-        attended = self.attention.output(attended).masked_fill_(~known[:, None], 0)
+        attended = self.attention.output(attended).mul_(known[:, None])
         x, s = self.attention_norm(e + self.dropout(attended)).split(sizes)
         if self.stack:
             x, s = self._set_apart(x, s, [block.slots for block in streams.blocks])
@@ -156,11 +161,8 @@ class ABXI(nn.Module):
             x, s = self._set_apart(x, s, owned)
         own = s.new_zeros(x.shape).index_copy_(0, own_rows, s)
         answers = self._answer(x, own, counts.questions)
-        return (
-            answers.new_zeros(batch.items.numel(), x.shape[1])
-            .index_copy_(0, asked, answers)
-            .unflatten(0, batch.items.shape)
-        )
+        states = _spread(answers, asked, batch.items.numel()).unflatten(0, batch.items.shape)
+        return F.pad(states, (0, 0, before, 0)) if before else states
 
     def item_embeddings(self) -> Float[Tensor, "items d_model"]:
         return self.embedding.items.weight
@@ -208,8 +210,9 @@ class ABXI(nn.Module):
 
     def _attend_at_end(
         self,
-        events: Float[Tensor, "events d_model"],
-        rows: Int[Tensor, " asking"],
+        x: Float[Tensor, "cells d_model"],
+        s: Float[Tensor, "slots d_model"],
+        asking: Sequence[Float[Tensor, "_ d_model"]],
         batch: Batch,
         cells: Int[Tensor, " cells"],
         streams: Streams,
@@ -218,10 +221,9 @@ class ABXI(nn.Module):
         slot: Int[Tensor, " own"],
         owned: Sequence[int],
     ) -> Float[Tensor, "asking d_model"]:
-        """As `_attend`, for the rows of `events` that ask, all of which are the last of their stream: those of `asked`
-        in the merged history, then those of `slot`, `owned` of them in each domain."""
-        x, s = events.split([len(cells), len(slots)])
-        x_query, s_query = events.index_select(0, rows).split([len(asked), len(slot)])
+        """As `_attend`, for the events that ask, all of which are the last of their stream: those of `asked` in the
+        merged history, then those of `slot`, `owned` of them in each domain. `asking` are their states."""
+        x_query, s_query = asking
         shape, real = batch.items.shape, batch.mask
         line = asked // shape[1]
         x = _spread(x, cells, real.numel()).unflatten(0, shape)

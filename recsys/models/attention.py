@@ -34,7 +34,7 @@ class MultiHeadAttention(nn.Module):
         mask: Bool[Tensor, "batch length context"],
     ) -> Float[Tensor, "batch length d_model"]:
         output = self.output(self.attend(self.query(query), self.key_value(context), mask))
-        return output.masked_fill_(~mask.any(dim=-1, keepdim=True), 0)  # not even the out-projection's bias
+        return output.mul_(mask.any(dim=-1, keepdim=True))  # not even the out-projection's bias
 
     def attend(
         self,
@@ -88,7 +88,7 @@ class MultiHeadAttention(nn.Module):
         values = groups[:, None].expand(-1, self.num_heads, -1, -1)  # attending to these adds up the shares
         empty = ~mask.any(dim=-1, keepdim=True)
         shares = self.kernel(q, k, values, attn_mask=(mask | empty)[:, None])
-        return shares.mean(dim=1).masked_fill(empty, 0)
+        return shares.mean(dim=1) * ~empty
 
     def _split(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch heads length width"]:
         return x.unflatten(-1, (self.num_heads, x.shape[-1] // self.num_heads)).transpose(1, 2)

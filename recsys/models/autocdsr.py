@@ -129,7 +129,7 @@ class AutoCDSR(nn.Module):
             x = block(x, x, mask, real)
             if units is not None:
                 x = _exchange(units, x, streams, view)
-        return self.norm(x).masked_fill(~real[..., None], 0), inputs
+        return self.norm(x) * real[..., None], inputs
 
     def _across(
         self,
@@ -151,5 +151,5 @@ def _exchange(
     """The exchange on merged states, each in the stream of its event's domain."""
     assert streams is not None
     assert isinstance(units, nn.ModuleList)
-    states = streams.split(x[streams.row, streams.position].masked_fill(~streams.real[:, None], 0))
+    states = streams.split(x[streams.row, streams.position] * streams.real[:, None])
     return streams.gather(exchange(units, states, streams, view), streams.event_slot)

@@ -160,4 +160,4 @@ class BERT4Rec(nn.Module):
         for block in self.blocks:
             x = block(x, x, mask, real)
         states = F.gelu(self.projection(x))
-        return torch.cat([states, torch.ones_like(states[..., :1])], dim=-1).masked_fill(~masked[..., None], 0)
+        return torch.cat([states, torch.ones_like(states[..., :1])], dim=-1) * masked[..., None]

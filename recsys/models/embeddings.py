@@ -56,13 +56,13 @@ class HistoryEmbedding(nn.Module):
             x = x + self.positions(positions)
         if self.domains is not None:
             x = x + self.domains(domains.clamp(min=0).long())  # the clamp is for padding, whose domain is negative
-        return self.dropout(x).masked_fill(~real[..., None], 0)
+        return self.dropout(x) * real[..., None]
 
 
 def asked_vectors(questions: nn.Embedding, batch: Batch) -> Float[Tensor, "batch length d_model"]:
     """The vector of the domain that each position asks for; zeros where nothing is asked."""
     domains = batch.target_domains
-    return questions(domains.clamp(min=0).long()).masked_fill((domains == NO_DOMAIN)[..., None], 0)
+    return questions(domains.clamp(min=0).long()) * (domains != NO_DOMAIN)[..., None]
 
 
 def event_positions(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:

@@ -53,7 +53,7 @@ class EncoderBlock(nn.Module):
         else:
             x = self.attention_norm(query + self.dropout(self.attention(query, context, mask)))
             x = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
-        return x.masked_fill_(~real[..., None], 0)
+        return x.mul_(real[..., None])
 
     def shares(
         self,

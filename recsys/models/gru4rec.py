@@ -90,7 +90,7 @@ class GRU4Rec(nn.Module):
         h = self.dropout(torch.take_along_dim(h, (steps - first).clamp(min=0)[..., None], dim=1))
         if self.question is not None and self.feed_forward is not None:
             h = torch.tanh(self.feed_forward(h + asked_vectors(self.question, batch)))
-        return h.masked_fill(~real[..., None], 0)
+        return h * real[..., None]
 
     def item_embeddings(self) -> Float[Tensor, "items d_model"]:
         return self.embedding.items.weight

@@ -108,7 +108,7 @@ class HSTU(nn.Module):
         for block in body:
             x = block(x, x, mask, distance, bucket, real)
         asking = x if self.question is None else x + asked_vectors(self.question, batch)
-        return self.norm(last(asking, x, mask, distance, bucket, real)).masked_fill(~real[..., None], 0)
+        return self.norm(last(asking, x, mask, distance, bucket, real)) * real[..., None]
 
     def item_embeddings(self) -> Float[Tensor, "items d_model"]:
         return self.embedding.items.weight
@@ -149,11 +149,11 @@ class HSTUBlock(nn.Module):
         q = self._split(F.silu(self.query(asking)))
         k, v = (self._split(part) for part in F.silu(self.key_value(asked)).chunk(2, dim=-1))
         bias = self.distance_bias(distance)[..., 0] + self.time_bias(bucket)[..., 0]
-        weights = F.silu(q @ k.transpose(2, 3) + bias[:, None]).masked_fill(~mask[:, None], 0) / self.max_len
+        weights = F.silu(q @ k.transpose(2, 3) + bias[:, None]) * mask[:, None] / self.max_len
         attended = self.attended_norm((weights @ v).transpose(1, 2).flatten(2))
         if self.gate is not None:
             attended = F.silu(self.gate(asking)) * attended
-        return (query + self.dropout(self.output(attended))).masked_fill(~real[..., None], 0)
+        return (query + self.dropout(self.output(attended))) * real[..., None]
 
     def _split(self, x: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "batch heads length width"]:
         return x.unflatten(-1, (self.num_heads, x.shape[-1] // self.num_heads)).transpose(1, 2)

@@ -203,7 +203,7 @@ class LLM4CDSR(nn.Module):
         x = self._start(self.adapter(self.text[batch.items]), self.positions(event_positions(real)), real)
         for block in self.blocks:
             x = block(x, x, mask, real)
-        return self.norm(x).masked_fill(~real[..., None], 0)
+        return self.norm(x) * real[..., None]
 
     def _own(self, batch: Batch) -> Float[Tensor, "batch length d_model"]:
         """The state of the domain that each position asks for."""
@@ -233,7 +233,7 @@ class LLM4CDSR(nn.Module):
         positions: Float[Tensor, "batch length d_model"],
         real: Bool[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length d_model"]:
-        return self.dropout(math.sqrt(self.d_model) * vectors + positions).masked_fill(~real[..., None], 0)
+        return self.dropout(math.sqrt(self.d_model) * vectors + positions) * real[..., None]
 
     def _item_alignment(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
         drawn = []

@@ -88,7 +88,7 @@ class SASRec(nn.Module):
         for block in body:
             x = block(x, x, mask, real)
         x = last(x if self.question is None else x + asked_vectors(self.question, batch), x, mask, real)
-        return self.norm(x).masked_fill_(~real[..., None], 0)
+        return self.norm(x).mul_(real[..., None])
 
     def item_embeddings(self) -> Float[Tensor, "items d_model"]:
         return self.embedding.items.weight

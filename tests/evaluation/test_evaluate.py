@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from recsys.evaluation import EvalConfig, NonFiniteScores, RanksInfo, evaluate, rank_full, summarize
-from recsys.evaluation.coverage import Coverage
+from recsys.evaluation.coverage import Coverage, _largest
 from recsys.evaluation.evaluate import Evaluation
 from recsys.evaluation.protocols import PROTOCOLS
 from recsys.evaluation.rank import RankInterval
@@ -251,6 +251,19 @@ def test_coverage_of_one_list_of_two(scores: list[float], share: float):
     coverage = Coverage(num_items=4, ks=(2,))
     coverage.update(torch.tensor([scores]))
     assert coverage.shares() == (pytest.approx(share),)
+
+
+@pytest.mark.parametrize("width", [15, 16, 335, 336, 352, 1237])
+@pytest.mark.parametrize("levels", [2, 40, 10_000])
+def test_the_largest_scores_are_found_by_groups(width: int, levels: int):
+    generator = torch.Generator().manual_seed(width)
+    scores = torch.randint(levels, (50, width), generator=generator).float()
+    scores[:25, ::3] = -torch.inf
+    k = min(21, width)
+    best, columns = _largest(scores, k)
+    assert torch.equal(best, scores.topk(k).values)
+    assert torch.equal(scores.gather(1, columns), best)
+    assert all(len(set(row)) == k for row in columns.tolist())
 
 
 def test_coverage_of_tied_lists_is_an_expectation():

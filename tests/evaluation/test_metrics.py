@@ -54,7 +54,7 @@ def test_average_is_the_mean_over_all_orders_of_the_tied(name: str):
     for order in itertools.permutations(range(6)):  # every order of the candidates, sorted stably
         ranked = sorted(order, key=lambda item: -scores[0, item].item())
         values.append(plain(name, ranked.index(target) + 1, 6))
-    ranks = rank(scores, torch.tensor([target]), None, torch.tensor([0]))
+    ranks = rank(scores, torch.tensor([target]))
     assert measure(ranks, name).item() == pytest.approx(sum(values) / len(values), abs=1e-12)
 
 
@@ -111,7 +111,7 @@ def test_values_agree_with_ir_measures():
         for row, row_scores in enumerate(scores.tolist())
         for item, score in enumerate(row_scores)
     ]
-    ranks = rank(scores, target, None, torch.arange(200))
+    ranks = rank(scores, target)
     pairs = {nDCG @ 10: "ndcg@10", nDCG @ 5: "ndcg@5", Success @ 10: "hr@10", Success @ 1: "hr@1", RR: "mrr"}
     for found in ir_measures.iter_calc(list(pairs), qrels, run):
         value = measure(ranks, pairs[found.measure])[int(found.query_id)].item()

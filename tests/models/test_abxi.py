@@ -232,14 +232,15 @@ def test_questions_of_evaluation_and_of_training_agree(build, make_batch):
 @pytest.mark.parametrize("num_domains", [2, 3])
 @pytest.mark.parametrize("cross", [None, CrossConfig(placement="early"), CrossConfig(placement="stack")])
 @pytest.mark.parametrize("positions", ["from_end", "from_start"])
-def test_last_states_of_many_users_are_those_of_a_pass_over_all(cross, num_domains, positions, make_catalog):
+@pytest.mark.parametrize("before", [0, 2])  # positions that are padding in every row
+def test_last_states_of_many_users_are_those_of_a_pass_over_all(cross, num_domains, positions, before, make_catalog):
     config = ABXIConfig(**SIZE, cross=cross, positions=positions)
     generator = torch.Generator().manual_seed(0)
     model = config.build(make_catalog(num_domains, 20), 6, generator).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=generator)
     rows, length = 24, 6
-    real = torch.arange(length) >= length - torch.randint(1, length + 1, (rows, 1), generator=generator)
+    real = torch.arange(length) >= length - torch.randint(1, length + 1 - before, (rows, 1), generator=generator)
     items = torch.randint(1, 21, (rows, length), generator=generator) * real
     domains = make_catalog(num_domains, 20).item_domain[items]
     asked = torch.randint(0, num_domains, (rows, length), generator=generator).where(real, NO_DOMAIN)
