@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from recsys.loading import Config
+from recsys.memory import aligned_rows
 from recsys.sizes import places
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, Draw, NegativeSampler
 
@@ -387,15 +388,8 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_positions)
 
 
-_LINE = 16
-"""fp32 numbers of a cache line."""
 _SHARED_ROWS = 512
 """Positions that are held against shared negatives at once: few enough for a cache."""
-
-
-def _rows(rows: int, columns: int, like: Tensor) -> Float[Tensor, "rows columns"]:
-    """An empty matrix whose rows begin at cache lines; a product into others takes 1.6 times as long on a CPU."""
-    return like.new_empty(rows, -(-columns // _LINE) * _LINE)[:, :columns]
 
 
 class _ChunkedCrossEntropy(Function):
@@ -405,7 +399,7 @@ class _ChunkedCrossEntropy(Function):
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(())
         # One buffer for all chunks: freshly allocated logits cost half as much again, in page faults.
-        buffer = _rows(min(chunk_positions, len(hidden)), len(weight), hidden)
+        buffer = aligned_rows(min(chunk_positions, len(hidden)), len(weight), hidden)
         for start in range(0, len(hidden), chunk_positions):
             chunk = slice(start, start + chunk_positions)
             states, target = hidden[chunk], targets[chunk, None]
@@ -463,7 +457,7 @@ class _SharedCrossEntropy(Function):
         d_hidden, d_target = torch.empty_like(hidden), torch.empty_like(target_logits)
         d_weight = torch.zeros_like(weight)
         total = hidden.new_zeros(())
-        buffer = _rows(min(_SHARED_ROWS, len(hidden)), len(weight), hidden)
+        buffer = aligned_rows(min(_SHARED_ROWS, len(hidden)), len(weight), hidden)
         for start in range(0, len(hidden), _SHARED_ROWS):
             chunk = slice(start, start + _SHARED_ROWS)
             states, target = hidden[chunk], target_logits[chunk, None]

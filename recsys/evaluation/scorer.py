@@ -7,14 +7,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from recsys.memory import aligned_rows
+from recsys.precision import matmul_precision
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, HasThreads, Recommender
+
+
+_GROUPS = 16
+"""Parts of a row that are compared place by place, to find where its scores lie close to the target's."""
 
 
 class DotScorer:
     """`hidden · item` for the last position of every history.
 
-    The product runs in fp64 and is rounded once to fp32. bf16 scores tie the target with some item for most users;
-    and an fp32 product still depends in its last bits on the shape of the matrices and on whether TF32 is allowed.
+    Where a target stands among the scores is that of products in fp64 that are rounded once to fp32. bf16 scores tie
+    the target with some item for most users; and an fp32 product still depends in its last bits on the shape of the
+    matrices. So it is made in fp32 (never in TF32), and the scores that lie closer to the target's than its rounding
+    error can reach are computed again in fp64. The others are right to that error, a few 1e-7 of them.
 
     A model's own forward pass depends on shapes in the same way, so it always sees `rows` histories (the last one
     repeated) and, if `max_len` is given, left padding up to that length: then a row's scores do not depend on the
@@ -30,44 +38,98 @@ class DotScorer:
         self.model = model
         self.max_len = max_len
         self.rows = rows
-        self._items: Tensor | None = None
-        self._vectors = torch.empty(0)
+        self._candidates: _Candidates | None = None
 
     def scores(self, batch: Batch, items: Int[Tensor, " candidates"]) -> Float[Tensor, "batch candidates"]:
-        table = self._table(items)
-        parts = [(state @ table.T)[:count].float() for state, count in self._states(batch)]
+        candidates = self._read(items)
+        own = candidates.of(batch.targets[:, -1])
+        states = self._states(batch)
+        parts = [
+            candidates.scores(state, target)[: len(target)]
+            for state, target in zip(states, own.split(self.rows), strict=True)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def thread_scores(
         self, batch: Batch, items: Int[Tensor, " candidates"]
     ) -> Float[Tensor, "threads batch candidates"]:
-        """What each thread of the model adds to `scores`. Only for a model that `HasThreads`."""
+        """What each thread of the model adds to `scores`, in fp64 and rounded. Only for a model that `HasThreads`."""
         assert isinstance(self.model, HasThreads)
         widths = list(self.model.threads)
-        tables = self._table(items).split(widths, dim=1)
+        tables = self._read(items).vectors.double().split(widths, dim=1)
         chunks = [
-            [(part @ table.T).float()[:count] for part, table in zip(state.split(widths, dim=1), tables, strict=True)]
-            for state, count in self._states(batch)
+            torch.stack([part @ table.T for part, table in zip(state.split(widths, dim=1), tables, strict=True)])
+            for state in (state.double() for state in self._states(batch))
         ]
-        return torch.cat([torch.stack(chunk) for chunk in chunks], dim=1)
+        return torch.cat(chunks, dim=1)[:, : len(batch.user)].float()
 
-    def _table(self, items: Int[Tensor, " candidates"]) -> Float[Tensor, "candidates d_model"]:
-        if self._items is not items:
-            self._items, self._vectors = items, self.model.item_embeddings()[items].double()
-        return self._vectors  # autocast lets products in fp64 be
+    def _read(self, items: Int[Tensor, " candidates"]) -> "_Candidates":
+        if self._candidates is None or self._candidates.items is not items:
+            self._candidates = _Candidates(items, self.model.item_embeddings().detach())
+        return self._candidates
 
-    def _states(self, batch: Batch) -> list[tuple[Float[Tensor, "rows d_model"], int]]:
+    def _states(self, batch: Batch) -> list[Float[Tensor, "rows d_model"]]:
+        """The last states of all rows, in the fixed shape: those past the last row repeat it."""
         assert not (isinstance(self.model, nn.Module) and self.model.training), "call model.eval() before scoring"
         return [self._last_hidden(batch, start) for start in range(0, len(batch.user), self.rows)]
 
-    def _last_hidden(self, batch: Batch, start: int) -> tuple[Float[Tensor, "rows d_model"], int]:
-        """The states of the rows from `start` on, in the fixed shape, and how many of them are real."""
-        count = min(self.rows, len(batch.user) - start)
-        index = torch.arange(start, start + self.rows, device=batch.user.device).clamp(max=start + count - 1)
+    def _last_hidden(self, batch: Batch, start: int) -> Float[Tensor, "rows d_model"]:
+        index = torch.arange(start, start + self.rows, device=batch.user.device).clamp(max=len(batch.user) - 1)
         chunk = batch.map(lambda tensor: tensor[index])
         if self.max_len is not None:
             chunk = _pad_left(chunk, self.max_len)
-        return self.model(chunk)[:, -1].double(), count
+        return _at_least_fp32(self.model(chunk)[:, -1].detach())
+
+
+class _Candidates:
+    """The vectors of some items."""
+
+    def __init__(self, items: Int[Tensor, " candidates"], table: Float[Tensor, "items d_model"]) -> None:
+        self.items = items
+        self.table = table
+        self.vectors = _at_least_fp32(table[items])
+        self.longest = torch.linalg.vector_norm(self.vectors, dim=1).amax()
+
+    def of(self, items: Int[Tensor, " some"]) -> Float[Tensor, "some d_model"]:
+        """The vectors of any items."""
+        return _at_least_fp32(self.table[items])
+
+    def scores(
+        self, states: Float[Tensor, "rows d_model"], own: Float[Tensor, "real d_model"]
+    ) -> Float[Tensor, "rows candidates"]:
+        """fp32 products; those near that of a state and its `own` item, which the first rows have, are exact."""
+        with matmul_precision("highest"), torch.autocast(states.device.type, enabled=False):
+            product = aligned_rows(len(states), len(self.items), states)
+            scores = torch.mm(states, self.vectors.T, out=product).float()
+        real = states[: len(own)]
+        target = (real.double() * own).sum(1).float()
+        # Higham, Accuracy and Stability of Numerical Algorithms, 3.1: the rounding error of a product of length n is at
+        # most n u |h| |e|, u being half an eps. Between two products it is twice that, and a little for the last one.
+        reach = (states.shape[1] + 2) * torch.finfo(torch.float32).eps * self.longest
+        row, column = _near(scores[: len(own)], target, reach * torch.linalg.vector_norm(real, dim=1))
+        if len(row) > scores.numel() // 64:  # most scores are about the same
+            return (states.double() @ self.vectors.double().T).float()
+        scores[row, column] = (real[row].double() * self.vectors[column]).sum(1).float()
+        return scores
+
+
+def _near(
+    scores: Float[Tensor, "rows candidates"], centre: Float[Tensor, " rows"], reach: Float[Tensor, " rows"]
+) -> tuple[Int[Tensor, " found"], Int[Tensor, " found"]]:
+    """Rows and columns of the scores at most `reach` from `centre`."""
+    gap = (scores - centre[:, None]).abs_()
+    width = scores.shape[1] // _GROUPS
+    starts = width * torch.arange(_GROUPS, device=scores.device)
+    least = gap[:, : _GROUPS * width].unflatten(1, (_GROUPS, width)).amin(1)
+    row, place = (least <= reach[:, None]).nonzero(as_tuple=True)  # a fraction of the time that all columns take
+    columns = place[:, None] + starts
+    found, part = (gap[row[:, None], columns] <= reach[row, None]).nonzero(as_tuple=True)
+    last_row, last = (gap[:, _GROUPS * width :] <= reach[:, None]).nonzero(as_tuple=True)
+    return torch.cat([row[found], last_row]), torch.cat([columns[found, part], last + _GROUPS * width])
+
+
+def _at_least_fp32(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _pad_left(batch: Batch, length: int) -> Batch:

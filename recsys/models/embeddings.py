@@ -53,10 +53,10 @@ class HistoryEmbedding(nn.Module):
     ) -> Float[Tensor, "*shape d_model"]:
         x = self.items(items)
         if self.positions is not None:
-            x = x + self.positions(positions)
+            x = x.add_(self.positions(positions))
         if self.domains is not None:
-            x = x + self.domains(domains.clamp(min=0).long())  # the clamp is for padding, whose domain is negative
-        return self.dropout(x) * real[..., None]
+            x = x.add_(self.domains(domains.clamp(min=0).long()))  # the clamp is for padding, whose domain is negative
+        return self.dropout(x).mul_(real[..., None])
 
 
 def asked_vectors(questions: nn.Embedding, batch: Batch) -> Float[Tensor, "batch length d_model"]:

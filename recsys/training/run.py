@@ -32,6 +32,7 @@ from recsys.experiment import Data, Experiment, TrainerConfig, build_model, load
 from recsys.loading import ConfigError, load_yaml
 from recsys.memory import keep_freed_memory
 from recsys.models import count_parameters
+from recsys.precision import matmul_precision
 from recsys.probes import find_units
 from recsys.results import RunDirectory, RunError, atomic, fingerprint, write_json, write_text
 from recsys.training.callbacks import EpochLog, EpochProgress
@@ -443,17 +444,6 @@ def _stopped_early(run: RunDirectory, config: TrainerConfig) -> bool:
     callbacks = read_checkpoint(run.last)["callbacks"]
     [state] = [state for name, state in callbacks.items() if name.startswith("EarlyStopping")]
     return bool(state["wait_count"] >= config.patience)
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """fp32 products on a GPU within the block, as `torch.set_float32_matmul_precision` names them."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -22,9 +22,10 @@ from torch.func import functional_call, vmap
 
 from recsys.models.attention import MultiHeadAttention
 from recsys.models.dropout import Dropout, coins
+from recsys.precision import matmul_precision
 from recsys.training.module import SequentialModule
 from recsys.training.objective import StepLoss, StepObjective, answer_losses, pose
-from recsys.training.run import matmul_precision, quiet_lightning
+from recsys.training.run import quiet_lightning
 from recsys.types import Batch, Objective, Recommender
 
 Result = TypeVar("Result")

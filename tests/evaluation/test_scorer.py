@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from recsys.evaluation.evaluate import EvalConfig, evaluate
 from recsys.evaluation.metrics import ndcg
 from recsys.evaluation.rank import rank
-from recsys.evaluation.scorer import DotScorer
+from recsys.evaluation.scorer import DotScorer, _near
+from recsys.precision import matmul_precision
 from recsys.types import Batch
 
 
@@ -132,6 +133,55 @@ def random_rows(count: int, num_items: int) -> Rows:
     items = torch.arange(1, count + 1)[:, None]
     zeros = torch.zeros_like(items)
     return Rows(Batch(items[:, 0], items, zeros, zeros, zeros, zeros), items, torch.ones(count).long())
+
+
+def exact(gaussian: Gaussian, batch: Batch, items: Tensor) -> Tensor:
+    return (gaussian(batch)[:, -1].double() @ gaussian.items[items].double().T).float()
+
+
+@pytest.mark.parametrize("spread", [1.0, 6e-3, 3e-6])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_where_a_target_stands_is_that_of_fp64(spread: float, precision: str):
+    """The smaller the spread, the more alike are all items, and the more of them does an fp32 product misplace."""
+    count, num_items = 250, 1003
+    batch = random_rows(count, num_items).batch
+    batch.targets[:] = torch.randint(1, num_items + 1, (count, 1), generator=torch.Generator().manual_seed(1))
+    gaussian = Gaussian(num_items, 64, torch.float32).eval()
+    gaussian.items[1:] = gaussian.items[:1] + spread * gaussian.items[1:]
+    gaussian.items[500:600] = gaussian.items[600:700]
+    items = torch.arange(1, num_items + 1)
+    with matmul_precision(precision), torch.autocast("cpu", torch.bfloat16):
+        scores = DotScorer(gaussian, rows=32).scores(batch, items)
+    target = batch.targets[:, -1] - 1
+    expected = rank(exact(gaussian, batch, items), target)
+    found = rank(scores, target)
+    assert torch.equal(found.greater, expected.greater)
+    assert torch.equal(found.ties, expected.ties)
+    torch.testing.assert_close(scores, exact(gaussian, batch, items), rtol=1e-5, atol=1e-5)
+    if spread < 1:
+        plain = rank(gaussian(batch)[:, -1] @ gaussian.items[items].T, target)
+        assert (plain.greater != expected.greater).any()
+
+
+def test_equal_vectors_score_the_same_to_the_last_bit():
+    batch = random_rows(40, 300).batch
+    gaussian = Gaussian(300, 64, torch.float32).eval()
+    gaussian.items[:] = gaussian.items[:1]
+    scores = DotScorer(gaussian, rows=16).scores(batch, torch.arange(1, 301))
+    assert (scores == scores[:, :1]).all()
+    torch.testing.assert_close(scores, exact(gaussian, batch, torch.arange(1, 301)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 100, 1003])
+def test_near_scores_are_found_by_groups(width: int):
+    generator = torch.Generator().manual_seed(width)
+    scores, centre = torch.randn(20, width, generator=generator), torch.randn(20, generator=generator)
+    reach = torch.rand(20, generator=generator)
+    row, column = _near(scores, centre, reach)
+    found = torch.zeros_like(scores)
+    found.index_put_((row, column), torch.ones(len(row)), accumulate=True)
+    assert torch.equal(found.bool(), (scores - centre[:, None]).abs() <= reach[:, None])
+    assert found.max() <= 1
 
 
 def test_products_of_bf16_would_tie_and_those_of_the_scorer_do_not():
