@@ -11,7 +11,6 @@ from recsys.memory import aligned_rows
 from recsys.precision import matmul_precision
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, HasThreads, Recommender
 
-
 _GROUPS = 16
 """Parts of a row that are compared place by place, to find where its scores lie close to the target's."""
 
