@@ -129,9 +129,11 @@ class ABXI(nn.Module):
         items = torch.cat([batch.items.flatten()[cells], streams.item[slots]])
         order = torch.cat([self._merged_places(batch).flatten()[cells], self._slot_places(batch, streams)[slots]])
         known = items != PAD_ID  # a question slot of a domain without events holds no item
-        x, s = self.embedding(items, order, items, known).split(sizes)
+        e = self.embedding(items, order, items, known)
+        x, s = e.split(sizes)
         for units in early:
             s = _exchange(units, s, slots, streams, view)
+            e = torch.cat([x, s])
 
         # The questions, domain by domain; those of a domain without events so far have no slot without an exchange.
         asked = torch.cat([places(asks[k], count) for k, count in enumerate(counts.questions)])
@@ -147,7 +149,6 @@ class ABXI(nn.Module):
             known = torch.cat([known[: len(x)][x_rows], known[len(x) :][s_rows]])
             e, sizes = torch.cat(asking), [len(part) for part in asking]
         else:
-            e = torch.cat([x, s])
             attended = self._attend(e, batch, cells, streams, slots)
         attended = self.attention.output(attended).mul_(known[:, None])
         x, s = self.attention_norm(e + self.dropout(attended)).split(sizes)
