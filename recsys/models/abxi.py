@@ -294,31 +294,35 @@ class SwiGLU(nn.Module):
 
     def forward(self, h: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
         both = self.gate_and_value(h)
-        if torch.compiler.is_compiling():  # which fuses the plain form, and cannot take in the other
+        weight = self.output.weight
+        if torch.compiler.is_compiling() or both.dtype != weight.dtype:  # fused by the compiler; or autocast
             gate, value = both.chunk(2, dim=-1)
             return self.output(F.silu(gate) * value)
-        return self.output(_GatedSilu.apply(both))
+        return _GatedLinear.apply(both.flatten(0, -2), weight).unflatten(0, both.shape[:-1])
 
 
-class _GatedSilu(Function):
-    """silu(gate) * value of the two halves; its gradient is written where both lie, and nothing is joined again."""
+class _GatedLinear(Function):
+    """W (silu(gate) * value) of the two halves. The product of the halves is made again for W's gradient, not kept, and
+    their own gradient is written where both lie: nothing is joined."""
 
     @staticmethod
-    def forward(ctx: Any, gate_and_value: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_and_value)
+    def forward(ctx: Any, gate_and_value: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_value, weight)
         gate, value = gate_and_value.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+        return F.linear(F.silu(gate).mul_(value), weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_and_value,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_and_value, weight = ctx.saved_tensors
         gate, value = gate_and_value.chunk(2, dim=-1)
         both = torch.empty_like(gate_and_value)
         d_gate, d_value = both.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=d_value)
-        torch.ops.aten.silu_backward.grad_input(grad * value, gate, grad_input=d_gate)
-        return both
+        opened, through = F.silu(gate), grad @ weight
+        torch.mul(opened, through, out=d_value)
+        d_weight = grad.t() @ opened.mul_(value)
+        torch.ops.aten.silu_backward.grad_input(through.mul_(value), gate, grad_input=d_gate)
+        return both, d_weight
 
 
 class LowRank(nn.Module):
