@@ -145,7 +145,10 @@ class HasObjective(Protocol):
 
 @runtime_checkable
 class Recommender(Protocol):
-    """A model trained by gradient: a state per position, and one vector per item to compare it with."""
+    """A model trained by gradient: a state per position, and one vector per item to compare it with.
+
+    `packs_events = True` says that it leaves padding out, and so makes shapes of its own however its batch is padded.
+    """
 
     def __call__(self, batch: Batch) -> Float[Tensor, "batch length d_model"]: ...
 

@@ -142,7 +142,8 @@ def evaluate(
                     negatives = draw_negatives(protocol.negatives, pool, catalog, targets, config.seed)
                     hashes.setdefault(key, NegativesHash()).update(targets, pool[negatives])
                     target_column = torch.searchsorted(items, targets.target.contiguous())
-                    ranks = rank_sampled(scores, target_column, columns[negatives], targets.user, protocol.margin)
+                    drawn = negatives if len(pool) == len(items) else columns[negatives]
+                    ranks = rank_sampled(scores, target_column, drawn, targets.user, protocol.margin)
                     loss = None
                 pieces.append(_piece(protocol.name, targets, catalog, ranks, loss))
     if not pieces:

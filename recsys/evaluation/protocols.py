@@ -140,7 +140,7 @@ class NegativesHash:
 
     def update(self, targets: Targets, items: Int[Tensor, "batch negatives"]) -> None:
         """`items`: the ids of the negatives, in the order they were drawn."""
-        contents = items.cpu().numpy().astype("<i8")
+        contents = items.cpu().numpy().astype("<i8", copy=False)
         digests = [hashlib.sha256(row.tobytes()).digest() for row in contents]
         self._rows += zip(targets.user.tolist(), targets.target.tolist(), digests, strict=True)
 

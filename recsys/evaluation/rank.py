@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from recsys.errors import UserError
 
-_CELLS = 2**20
+_CELLS = 2**19
 """Scores that are held in fp64 at a time: few enough for a cache."""
 
 Ties = Literal["average", "optimistic", "pessimistic"]
@@ -114,12 +115,9 @@ def cross_entropy(
     It means something where scores are logits. It runs in fp64, so that neither the order of the items nor the number
     of rows shows (an exponential in fp32 depends in its last bit on where its element lies in the tensor).
     """
-    peak = scores.amax(1, keepdim=True).double()
     rows = max(1, _CELLS // scores.shape[1])
-    parts = zip(scores.split(rows), peak.split(rows), strict=True)
-    total = torch.cat([torch.sub(part, top).exp_().sum(1) for part, top in parts])
-    target = scores.gather(1, target_index[:, None])
-    return (total.log() + (peak - target).squeeze(1)).float()
+    parts = zip(scores.split(rows), target_index.split(rows), strict=True)
+    return torch.cat([F.cross_entropy(part.double(), index, reduction="none") for part, index in parts]).float()
 
 
 def require_finite(scores: Float[Tensor, "batch candidates"], users: Int[Tensor, " batch"]) -> None:

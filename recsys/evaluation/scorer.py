@@ -35,7 +35,7 @@ class DotScorer:
 
     def __init__(self, model: Recommender, max_len: int | None = None, rows: int = 256) -> None:
         self.model = model
-        self.max_len = max_len
+        self.max_len = None if getattr(model, "packs_events", False) else max_len
         self.rows = rows
         self._candidates: _Candidates | None = None
 

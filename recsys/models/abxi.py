@@ -76,6 +76,8 @@ class ABXI(nn.Module):
     which knows what the other domains show up to t.
     """
 
+    packs_events = True
+
     def __init__(
         self,
         config: ABXIConfig,
