@@ -31,7 +31,7 @@ def recommend(
     asked = batch.target_domains.clone()
     asked[:, -1] = domain
     with torch.no_grad():
-        scores = scorer.scores(replace(batch, target_domains=asked), items)
+        scores = scorer.scores(replace(batch, targets=torch.zeros_like(batch.targets), target_domains=asked), items)
     require_finite(scores, batch.user)
     if seen is not None:
         scores = scores.masked_fill(among(items, seen, catalog), -torch.inf)

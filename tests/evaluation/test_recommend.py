@@ -22,9 +22,10 @@ class ById:
 
     def __init__(self) -> None:
         self.asked: Tensor | None = None
+        self.targets: Tensor | None = None
 
     def scores(self, batch: Batch, items: Tensor) -> Tensor:
-        self.asked = batch.target_domains
+        self.asked, self.targets = batch.target_domains, batch.targets
         return items.float().expand(len(batch.user), -1).clone()
 
 
@@ -35,6 +36,15 @@ def test_the_best_of_a_domain_come_first():
     assert scores.tolist() == [[5.0, 4.0], [5.0, 4.0]]
     assert scorer.asked is not None
     assert scorer.asked.tolist() == [[-1, 1], [-1, 1]], "the model is told which domain is asked for"
+
+
+def test_targets_are_not_read():
+    scorer, batch = ById(), question([1, 5], [3])
+    batch.targets[:] = 1_000_000
+    recommend(scorer, batch, CATALOG, domain=1, k=2, seen=None)
+    assert scorer.targets is not None
+    assert not scorer.targets.any()
+    assert batch.targets.all(), "the caller's batch is left alone"
 
 
 def test_seen_items_and_padding_never_come_back():
