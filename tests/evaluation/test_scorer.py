@@ -73,10 +73,14 @@ def test_scores_do_not_depend_on_the_other_rows_to_the_last_bit():
     assert together.dtype == torch.float32
 
 
-def test_a_model_sees_one_shape_only():
+@pytest.mark.parametrize(("packs", "length"), [(False, 9), (True, 7)])
+def test_a_model_sees_one_shape_only(packs: bool, length: int):
+    """Of as many rows; and of one length, but where it leaves padding out."""
     shapes = set()
 
     class Watched(Attention):
+        packs_events = packs
+
         def forward(self, batch: Batch) -> Tensor:
             shapes.add(tuple(batch.items.shape))
             return super().forward(batch)
@@ -86,7 +90,7 @@ def test_a_model_sees_one_shape_only():
         for size in (1, 31, 32, 33, 150):
             rows = next(WORLD.batches(size, max_len=7))
             assert scorer.scores(rows.batch, WORLD.catalog.items_of(0)).shape == (min(size, 150), 120)
-    assert shapes == {(32, 9)}
+    assert shapes == {(32, length)}
 
 
 def test_the_item_vectors_are_read_once():
