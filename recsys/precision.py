@@ -1,9 +1,11 @@
-"""How exactly fp32 matrices are multiplied."""
+"""How exact numbers and their products are."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -15,3 +17,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def at_least_fp32(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Half precision raised to fp32, anything else as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from recsys.errors import UserError
+from recsys.precision import at_least_fp32
 
 _CELLS = 2**19
 """Scores that are held in fp64 at a time: few enough for a cache."""
@@ -61,7 +62,7 @@ def hide(
     cannot undo the ties of a product that was rounded to it). Raises NonFiniteScores, naming `users`, if a score that
     is not excluded is NaN or infinite.
     """
-    scores = _at_least_fp32(scores)
+    scores = at_least_fp32(scores)
     if excluded is None:
         require_finite(scores, users)
         return scores
@@ -98,7 +99,7 @@ def rank_sampled(
     `margin` of the target's tie with it. Raises NonFiniteScores as `rank` does.
     """
     real = negatives != target_index[:, None]
-    scores = _at_least_fp32(scores)
+    scores = at_least_fp32(scores)
     target = scores.gather(1, target_index[:, None])
     rivals = scores.gather(1, negatives)
     require_finite(torch.cat([target, rivals], dim=1), users)
@@ -137,7 +138,3 @@ def require_finite(scores: Float[Tensor, "batch candidates"], users: Int[Tensor,
 def _finite(scores: Float[Tensor, "batch candidates"]) -> bool:
     low, high = scores.aminmax()  # one pass; a NaN anywhere makes both NaN
     return bool(torch.isfinite(low) and torch.isfinite(high))
-
-
-def _at_least_fp32(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))

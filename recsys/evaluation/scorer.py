@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from recsys.evaluation.search import near
 from recsys.memory import aligned_rows
-from recsys.precision import matmul_precision
+from recsys.precision import at_least_fp32, matmul_precision
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, HasThreads, Recommender
-
-_GROUPS = 16
-"""Parts of a row that are compared place by place, to find where its scores lie close to the target's."""
 
 
 class DotScorer:
@@ -21,7 +19,7 @@ class DotScorer:
     Where a target stands among the scores is that of products in fp64 that are rounded once to fp32. bf16 scores tie
     the target with some item for most users; and an fp32 product still depends in its last bits on the shape of the
     matrices. So it is made in fp32 (never in TF32), and the scores that lie closer to the target's than its rounding
-    error can reach are computed again in fp64. The others are right to that error, a few 1e-7 of them.
+    error can reach are computed again in fp64. The others are right to that error.
 
     A model's own forward pass depends on shapes in the same way, so it always sees `rows` histories (the last one
     repeated) and, if `max_len` is given, left padding up to that length: then a row's scores do not depend on the
@@ -77,7 +75,7 @@ class DotScorer:
         chunk = batch.map(lambda tensor: tensor[index])
         if self.max_len is not None:
             chunk = _pad_left(chunk, self.max_len)
-        return _at_least_fp32(self.model(chunk)[:, -1].detach())
+        return at_least_fp32(self.model(chunk)[:, -1].detach())
 
 
 class _Candidates:
@@ -86,17 +84,17 @@ class _Candidates:
     def __init__(self, items: Int[Tensor, " candidates"], table: Float[Tensor, "items d_model"]) -> None:
         self.items = items
         self.table = table
-        self.vectors = _at_least_fp32(table[items])
+        self.vectors = at_least_fp32(table[items])
         self.longest = torch.linalg.vector_norm(self.vectors, dim=1).amax()
 
     def of(self, items: Int[Tensor, " some"]) -> Float[Tensor, "some d_model"]:
         """The vectors of any items."""
-        return _at_least_fp32(self.table[items])
+        return at_least_fp32(self.table[items])
 
     def scores(
         self, states: Float[Tensor, "rows d_model"], own: Float[Tensor, "real d_model"]
     ) -> Float[Tensor, "rows candidates"]:
-        """fp32 products; those near that of a state and its `own` item, which the first rows have, are exact."""
+        """fp32 products; those near that of a state and its `own` item (the first rows have one) are rounded from fp64."""
         with matmul_precision("highest"), torch.autocast(states.device.type, enabled=False):
             product = aligned_rows(len(states), len(self.items), states)
             scores = torch.mm(states, self.vectors.T, out=product).float()
@@ -105,30 +103,11 @@ class _Candidates:
         # Higham, Accuracy and Stability of Numerical Algorithms, 3.1: the rounding error of a product of length n is at
         # most n u |h| |e|, u being half an eps. Between two products it is twice that, and a little for the last one.
         reach = (states.shape[1] + 2) * torch.finfo(torch.float32).eps * self.longest
-        row, column = _near(scores[: len(own)], target, reach * torch.linalg.vector_norm(real, dim=1))
+        row, column = near(scores[: len(own)], target, reach * torch.linalg.vector_norm(real, dim=1))
         if len(row) > scores.numel() // 64:  # most scores are about the same
             return (states.double() @ self.vectors.double().T).float()
         scores[row, column] = (real[row].double() * self.vectors[column]).sum(1).float()
         return scores
-
-
-def _near(
-    scores: Float[Tensor, "rows candidates"], centre: Float[Tensor, " rows"], reach: Float[Tensor, " rows"]
-) -> tuple[Int[Tensor, " found"], Int[Tensor, " found"]]:
-    """Rows and columns of the scores at most `reach` from `centre`."""
-    gap = (scores - centre[:, None]).abs_()
-    width = scores.shape[1] // _GROUPS
-    starts = width * torch.arange(_GROUPS, device=scores.device)
-    least = gap[:, : _GROUPS * width].unflatten(1, (_GROUPS, width)).amin(1)
-    row, place = (least <= reach[:, None]).nonzero(as_tuple=True)  # a fraction of the time that all columns take
-    columns = place[:, None] + starts
-    found, part = (gap[row[:, None], columns] <= reach[row, None]).nonzero(as_tuple=True)
-    last_row, last = (gap[:, _GROUPS * width :] <= reach[:, None]).nonzero(as_tuple=True)
-    return torch.cat([row[found], last_row]), torch.cat([columns[found, part], last + _GROUPS * width])
-
-
-def _at_least_fp32(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _pad_left(batch: Batch, length: int) -> Batch:

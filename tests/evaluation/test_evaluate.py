@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from recsys.evaluation import EvalConfig, NonFiniteScores, RanksInfo, evaluate, rank_full, summarize
-from recsys.evaluation.coverage import Coverage, _largest
+from recsys.evaluation.coverage import Coverage
 from recsys.evaluation.evaluate import Evaluation
 from recsys.evaluation.protocols import PROTOCOLS
 from recsys.evaluation.rank import RankInterval
 from recsys.evaluation.ranks import RANKS_SCHEMA
 from recsys.evaluation.running import RankingMetrics
+from recsys.evaluation.search import largest
 from recsys.types import Batch, Catalog
 
 WORLD = make_world()
@@ -260,7 +261,7 @@ def test_the_largest_scores_are_found_by_groups(width: int, levels: int):
     scores = torch.randint(levels, (50, width), generator=generator).float()
     scores[:25, ::3] = -torch.inf
     k = min(21, width)
-    best, columns = _largest(scores, k)
+    best, columns = largest(scores, k)
     assert torch.equal(best, scores.topk(k).values)
     assert torch.equal(scores.gather(1, columns), best)
     assert all(len(set(row)) == k for row in columns.tolist())

@@ -34,6 +34,7 @@ def test_excluded_candidates_do_not_count_and_the_target_is_never_excluded():
     excluded[1] = True
     excluded[2, 0] = True
     assert as_lists(ranked(SCORES, TARGET, excluded, USERS)) == [[1, 0, 0], [0, 0, 0], [3, 1, 4]]
+    assert SCORES.min() == 0, "the caller's scores are left alone"
 
 
 def test_a_single_candidate_is_first():

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from recsys.evaluation.evaluate import EvalConfig, evaluate
 from recsys.evaluation.metrics import ndcg
 from recsys.evaluation.rank import rank
-from recsys.evaluation.scorer import DotScorer, _near
+from recsys.evaluation.scorer import DotScorer
+from recsys.evaluation.search import near
 from recsys.precision import matmul_precision
 from recsys.types import Batch
 
@@ -181,7 +182,7 @@ def test_near_scores_are_found_by_groups(width: int):
     generator = torch.Generator().manual_seed(width)
     scores, centre = torch.randn(20, width, generator=generator), torch.randn(20, generator=generator)
     reach = torch.rand(20, generator=generator)
-    row, column = _near(scores, centre, reach)
+    row, column = near(scores, centre, reach)
     found = torch.zeros_like(scores)
     found.index_put_((row, column), torch.ones(len(row)), accumulate=True)
     assert torch.equal(found.bool(), (scores - centre[:, None]).abs() <= reach[:, None])
