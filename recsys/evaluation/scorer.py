@@ -94,7 +94,7 @@ class _Candidates:
     def scores(
         self, states: Float[Tensor, "rows d_model"], own: Float[Tensor, "real d_model"]
     ) -> Float[Tensor, "rows candidates"]:
-        """fp32 products; those near that of a state and its `own` item (the first rows have one) are rounded from fp64."""
+        """fp32 products; those near that of a state and its `own` item (first rows have one) are rounded from fp64."""
         with matmul_precision("highest"), torch.autocast(states.device.type, enabled=False):
             product = aligned_rows(len(states), len(self.items), states)
             scores = torch.mm(states, self.vectors.T, out=product).float()
