@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "recsys"
 LAYERS = [
-    {"errors", "memory", "precision", "sizes", "fused"},
+    {"errors", "memory", "precision", "products", "sizes", "fused"},
     {"types", "loading"},
     {"data", "models", "losses", "negatives", "evaluation", "optim", "balance", "results"},
     {"probes", "scaling"},

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recsys.evaluation.search import near
 from recsys.memory import aligned_rows
 from recsys.precision import at_least_fp32, matmul_precision
+from recsys.products import Factor
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, HasThreads, Recommender
 
 
@@ -85,6 +86,7 @@ class _Candidates:
         self.items = items
         self.table = table
         self.vectors = at_least_fp32(table[items])
+        self._times = Factor(self.vectors)
         self.longest = torch.linalg.vector_norm(self.vectors, dim=1).amax()
 
     def of(self, items: Int[Tensor, " some"]) -> Float[Tensor, "some d_model"]:
@@ -96,8 +98,8 @@ class _Candidates:
     ) -> Float[Tensor, "rows candidates"]:
         """fp32 products; those near that of a state and its `own` item (first rows have one) are rounded from fp64."""
         with matmul_precision("highest"), torch.autocast(states.device.type, enabled=False):
-            product = aligned_rows(len(states), len(self.items), states)
-            scores = torch.mm(states, self.vectors.T, out=product).float()
+            aligned = aligned_rows(len(states), len(self.items), states)
+            scores = self._times(states, aligned).float()
         real = states[: len(own)]
         target = (real.double() * own).sum(1).float()
         # Higham, Accuracy and Stability of Numerical Algorithms, 3.1: the rounding error of a product of length n is at
