@@ -1,9 +1,10 @@
 """What it brings to train runs of one shape as one: `python benchmarks/together.py`.
 
-Runs that differ in their learning rate, one after another and several as one, take turns in this process on one thread.
+Runs that differ in their learning rate (or seed, `--vary seed`: then those that are trained as one have batches of one
+shape), one after another and several as one, take turns in this process on one thread.
 A step is from the end of one to the end of the next, whatever is between them; a run is everything from its
 directory to its last validation. Both in seconds of the clock and of the processor, which other work on the machine
-disturbs less. Writes `benchmarks/results/together-<date>-<hardware>.json`.
+disturbs less. Writes `benchmarks/results/together-<rate or seed>-<date>-<hardware>.json`.
 """
 
 import argparse
@@ -36,17 +37,18 @@ CASES = [(8, 16), (8, 64), (16, 64), (32, 64), (64, 64)]
 CLOCKS: dict[str, Callable[[], float]] = {"clock": time.perf_counter, "processor": time.process_time}
 
 
-def experiment(d_model: int, batch_size: int, rate: float) -> Experiment:
+def experiment(d_model: int, batch_size: int, rate: float, seed: int = 0, widths: int | None = None) -> Experiment:
     """Two domains with an exchange, on 1,200 users with up to 60 events and 1,200 items."""
     source = {"name": "synthetic", "num_users": 1200, "items_per_domain": 600, "mean_events": 30, "max_events": 60}
     size = {"d_model": d_model, "d_ff": 4 * d_model, "num_layers": 1, "num_heads": 2}
     values = {
         "name": "together",
+        "seed": seed,
         "data": {"source": source, "max_len": 30},
         "model": {"name": "cross_domain", **size, "cross": {"num_heads": 2}},
         "loss": {"name": "softmax"},
         "optim": {"lr": rate},
-        "trainer": {"epochs": 2, "validate_every": 2, "batch_size": batch_size, "device": "cpu"},
+        "trainer": {"epochs": 2, "validate_every": 2, "batch_size": batch_size, "device": "cpu", "widths": widths},
     }
     return parse_config(values, Experiment, "benchmark")
 
@@ -71,16 +73,19 @@ class Steps(pl.Callback):
         self._last = now
 
 
-def measure(d_model: int, batch_size: int, size: int, data: Data, as_one: bool) -> dict[str, Any]:
+def measure(d_model: int, batch_size: int, size: int, data: Data, as_one: bool, vary: str) -> dict[str, Any]:
     """Seconds of a step, and of whole runs; `size` of them as one, or as many one after another."""
     steps = Steps()
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(rate: float, *callbacks: pl.Callback) -> float:
-            own = [*callbacks, *([steps] if rate == 0.001 or not as_one else [])]
-            return select(experiment(d_model, batch_size, rate), data, Path(folder), Console(quiet=True), callbacks=own)
+        def run(index: int, *callbacks: pl.Callback) -> float:
+            own = [*callbacks, *([steps] if index == 0 or not as_one else [])]
+            seed, widths = (index, 1 if as_one else None) if vary == "seed" else (0, None)
+            rate = 0.001 if vary == "seed" else 0.001 * (1 + index / 10)
+            config = experiment(d_model, batch_size, rate, seed, widths)
+            return select(config, data, Path(folder), Console(quiet=True), callbacks=own)
 
-        runs = [partial(run, 0.001 * (1 + index / 10)) for index in range(size)]
+        runs = [partial(run, index) for index in range(size)]
         started = {name: clock() for name, clock in CLOCKS.items()}
         if as_one:
             train_together(runs)
@@ -116,17 +121,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--case", type=int, action="append", help="only this one of the cases, from 0; repeatable")
+    parser.add_argument("--vary", choices=["rate", "seed"], default="rate", help="what the runs differ in")
     arguments = parser.parse_args()
+    vary = arguments.vary
     torch.set_num_threads(1)
     results = []
     for d_model, batch_size in [CASES[index] for index in arguments.case] if arguments.case else CASES:
         data = load_data(experiment(d_model, batch_size, 0.001).data, None)
-        measure(d_model, batch_size, 1, data, as_one=False)  # warms up
+        measure(d_model, batch_size, 1, data, as_one=False, vary=vary)  # warms up
         found: dict[tuple[int, bool], list[dict[str, Any]]] = {}
         for _ in range(arguments.rounds):
             for size in SIZES:
-                found.setdefault((1, False), []).append(measure(d_model, batch_size, 1, data, as_one=False))
-                found.setdefault((size, True), []).append(measure(d_model, batch_size, size, data, as_one=True))
+                found.setdefault((1, False), []).append(measure(d_model, batch_size, 1, data, as_one=False, vary=vary))
+                found.setdefault((size, True), []).append(
+                    measure(d_model, batch_size, size, data, as_one=True, vary=vary)
+                )
         alone = summary(found[1, False], 1, 1)
         for size in SIZES:
             one = summary(found[size, True], size, size)
@@ -146,9 +155,11 @@ def main() -> None:
     environment = describe_environment(torch.device("cpu"))
     today = datetime.now(UTC)
     hardware = re.sub(r"[^a-z0-9]+", "-", environment["processor"].lower()).strip("-")
-    path = HERE / "results" / f"together-{today:%Y-%m-%d}-{hardware}-1.json"
+    path = HERE / "results" / f"together-{vary}-{today:%Y-%m-%d}-{hardware}-1.json"
     record = {"date": today.isoformat(timespec="seconds"), "environment": environment, "load": os.getloadavg()}
-    path.write_text(json.dumps(record | {"rounds": arguments.rounds, "results": results}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(record | {"vary": vary, "rounds": arguments.rounds, "results": results}, indent=1) + "\n"
+    )
     print(f"written  {path}")
 
 

@@ -87,10 +87,13 @@ class TrainerConfig(Config):
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     tf32: bool = False
     """fp32 products on a GPU in TF32 (10 bits of mantissa), in training and its validations."""
+    widths: int | None = Field(None, ge=1)
+    """Pad batches to at most so many widths, and every domain's stream to that of the whole history, so that batches
+    come in so many shapes; with 1, a sweep trains runs that differ in their seed as one (`together`). null pads them to
+    their longest history, and to four widths for `compile`."""
     compile: Literal["default", "reduce-overhead"] | None = None
-    """Compile the model's pass in a step (`torch.compile`; `reduce-overhead` records CUDA graphs). Batches are padded
-    to at most four widths, and every domain's stream to that of the whole history. For SASRec, HSTU, ABXI and
-    CrossDomain; others say that they do not compile. null does not."""
+    """Compile the model's pass in a step (`torch.compile`; `reduce-overhead` records CUDA graphs), on batches of few
+    widths. For SASRec, HSTU, ABXI and CrossDomain; others say that they do not compile. null does not."""
     prefetch: int | None = Field(None, ge=1)
     """Keep the training events in the host's memory and send so many batches ahead to the GPU, for events that do not
     fit on it; null puts them there whole. Histories to validate and test lie there in any case."""

@@ -94,7 +94,7 @@ def cut_streams(batch: Batch, num_domains: int, question_slots: bool = True) -> 
     newest = latest.flatten()[found]
 
     def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(total + 1).index_copy_(0, target, values)[:total]
+        return values.new_zeros(total + 1).scatter(0, target, values)[:total]
 
     def slot_of(
         chosen: Bool[Tensor, "domains batch length"], at: Int[Tensor, "domains batch length"]

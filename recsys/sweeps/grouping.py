@@ -1,7 +1,7 @@
 """Which runs of a sweep can be trained as one."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recsys.optim import OptimConfig
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def bundle(jobs: Sequence["Job"], most: int) -> list[tuple["Job", ...]]:
     """The jobs, those side by side that are the same but for their optimizer, at most `most` of them each.
 
-    Such runs see the same batches, toss the same coins and draw the same negatives. Bundles stand where their first
-    job stood.
+    Such runs see the same batches, toss the same coins and draw the same negatives. Where batches come in one shape,
+    the seed may differ as well. Bundles stand where their first job stood.
     """
     bundles: list[list[Job]] = []
     open_bundles: dict[str, list[Job]] = {}
@@ -29,8 +29,11 @@ def bundle(jobs: Sequence["Job"], most: int) -> list[tuple["Job", ...]]:
 
 
 def _shared(job: "Job") -> str:
-    """What runs that are trained as one have in common: everything that no optimizer reads."""
-    return job.experiment.model_copy(update={"name": "shared", "optim": OptimConfig()}).yaml() + job.cell.data
+    """What runs that are trained as one have in common: all that no optimizer reads, and the seed at times."""
+    own: dict[str, Any] = {"name": "shared", "optim": OptimConfig()}
+    if job.experiment.trainer.widths == 1:
+        own["seed"] = 0
+    return job.experiment.model_copy(update=own).yaml() + job.cell.data
 
 
 def _stacks(job: "Job") -> bool:

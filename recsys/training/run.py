@@ -43,7 +43,7 @@ from recsys.training.module import SequentialModule, require_metric
 from recsys.training.objective import compile_pass
 from recsys.training.throughput import Throughput, flops_per_token, peak_rate
 from recsys.training.trajectory import BEST, Trajectory
-from recsys.types import NegativeSampler, Recommender, Scorer
+from recsys.types import HasObjective, NegativeSampler, Recommender, Scorer
 
 
 def train(
@@ -186,9 +186,15 @@ def train_batches(experiment: Experiment, data: Data, device: torch.device, seed
         domain=experiment.data.domain,
         windows=experiment.data.windows,
         length_pool=config.length_pool,
-        width_step=None if config.compile is None else max(16, -(-max_len // 4)),  # at most four graphs
+        width_step=_width_step(config, max_len),
         prefetch=config.prefetch,
     )
+
+
+def _width_step(config: TrainerConfig, max_len: int) -> int | None:
+    if config.widths is not None:
+        return -(-max_len // config.widths)
+    return None if config.compile is None else max(16, -(-max_len // 4))  # at most four graphs
 
 
 def eval_batches(
@@ -351,6 +357,9 @@ def _fit(
     config, device = experiment.trainer, parts.device
     catalog = data.catalog.to(device)
     assert parts.loss is not None
+    if config.widths is not None and isinstance(parts.model, HasObjective):
+        name = type(parts.model).__name__
+        raise RunError(f"trainer.widths: {name} has terms beside its loss, which count padding in; set it to null")
     module = SequentialModule(
         model=parts.model,
         loss=parts.loss,

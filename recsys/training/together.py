@@ -1,4 +1,4 @@
-"""Runs that differ in numbers alone (the learning rate), trained as one: their models make a single pass, stacked.
+"""Runs of one shape (other learning rates, other seeds) trained as one: their models make a single pass, stacked.
 
 Each is a whole run of its own, with its trainer, log, checkpoints and end. They take turns, so that one works at a
 time, and wait for each other where a step is due. Then the weights are stacked, one pass of the model goes over all of
@@ -11,6 +11,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -26,7 +27,7 @@ from recsys.precision import matmul_precision
 from recsys.training.module import SequentialModule
 from recsys.training.objective import StepLoss, StepObjective, answer_losses, pose
 from recsys.training.run import quiet_lightning
-from recsys.types import Batch, Objective, Recommender
+from recsys.types import Batch, HasObjective, Objective, Recommender
 
 Result = TypeVar("Result")
 
@@ -41,8 +42,9 @@ class Stopped(BaseException):
 def train_together(runs: Sequence[Callable[["Member"], Result]]) -> list[Result]:
     """Calls each with the callback that its trainer has to be given; gives what they return.
 
-    The runs must agree in all but their optimizer, or a pass would not be the same for all. An error of one leaves the
-    others to their end and is raised after it, the first of several.
+    The runs must agree in all but their optimizer and their seed, or a pass would not be the same for all; those with
+    other seeds are stacked in the steps for which their batches have one shape. An error of one leaves the others to
+    their end and is raised after it, the first of several.
     """
     group = _Group(len(runs))
     outcomes: list[Result | BaseException] = [Stopped()] * len(runs)
@@ -174,28 +176,32 @@ class _Group:
             raise Stopped
         if member.batch is not None:
             members = [other for other in self.members if other.batch is not None and other.step == member.step]
-            self._advance(members, member.batch)
+            batches = [cast("Batch", other.batch) for other in members]
+            for other in members:
+                other.batch = None
+            for shape in dict.fromkeys(map(_shape, batches)):
+                pairs = [pair for pair in zip(members, batches, strict=True) if _shape(pair[1]) == shape]
+                self._advance([other for other, _ in pairs], [batch for _, batch in pairs])
             self.ready += [other for other in members if other is not member]
 
-    def _advance(self, members: list[Member], batch: Batch) -> None:
-        for member in members:
-            assert member.batch is not None
-            assert torch.equal(member.batch.items, batch.items), "runs that are trained as one see the same batches"
-            assert torch.equal(member.random[0], members[0].random[0]), "and toss the same coins"
-        for member in members:
-            member.batch = None
+    def _advance(self, members: list[Member], batches: list[Batch]) -> None:
         if len(members) > 1 and not self.apart:
             try:
-                _stacked_step(members, batch)
+                _stacked_step(members, batches)
             except _DoesNotStack as error:
                 self.apart = True
                 print(f"{len(members)} runs go on one after another: {error}", file=sys.stderr)
             except Exception as error:  # of the step that is theirs together, for want of memory perhaps
                 for member in members:
                     member.answer = error
-        for member in members:
+        for member, batch in zip(members, batches, strict=True):
             if member.answer is None:
                 member.answer = member.alone(batch)
+
+
+def _shape(batch: Batch) -> Any:
+    """What batches must have in common to go through one pass; how many targets they ask for is the loss's affair."""
+    return batch.items.shape, batch.sizes and replace(batch.sizes, targets=())
 
 
 class _DoesNotStack(Exception):
@@ -214,12 +220,14 @@ class _Posed(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+        self.dropouts: list[_StackedDropout] = []
         for module in [*self.model.modules()]:
             if isinstance(module, MultiHeadAttention) and module.query.weight.device.type == "cpu":
                 module.kernel = _attention
             for name, part in module.named_children():
                 if isinstance(part, Dropout):
-                    setattr(module, name, _SharedDropout(part.p))
+                    self.dropouts.append(_StackedDropout(part.p))
+                    setattr(module, name, self.dropouts[-1])
         order = {id(weight): index for index, weight in enumerate(model.parameters())}
         named = self.named_parameters(remove_duplicate=False)
         self.places = {name: order[id(weight)] for name, weight in named}
@@ -230,52 +238,106 @@ class _Posed(nn.Module):
         return [hidden for _, hidden in self.objective.answers], table, [*self.objective.terms.values()]
 
     def stacked(
-        self, weights: Sequence[Tensor], batch: Batch, generator: torch.Generator
+        self, weights: Sequence[Tensor], batches: Sequence[Batch], generator: torch.Generator, toss: "_Toss | None"
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """Answers, item table and further terms of all models, whose parameters are stacked along a first axis."""
+        """Answers, item table and further terms of all models, whose parameters are stacked along a first axis.
 
-        def one(*own: Tensor) -> Any:
+        Without `toss` all see the one batch, and toss the same coins; else each sees its own.
+        """
+        for dropout in self.dropouts:
+            dropout.toss = toss
+        first = batches[0].columns()
+        columns = first
+        if toss is not None:
+            columns = {name: torch.stack([batch.columns()[name] for batch in batches]) for name in first}
+
+        def one(own: Sequence[Tensor], columns: dict[str, Tensor]) -> Any:
             values = {name: own[index] for name, index in self.places.items()}
+            batch = Batch(**columns, sizes=batches[0].sizes)
             return functional_call(self, values, (batch, generator), tie_weights=False)
 
-        return cast("Any", vmap(one, randomness="same")(*weights))
+        in_dims, randomness = ((0, None), "same") if toss is None else ((0, 0), "error")
+        return cast("Any", vmap(one, in_dims=in_dims, randomness=randomness)(tuple(weights), columns))
 
 
-class _SharedDropout(nn.Module):
-    """The coins of a `Dropout`, tossed once for all models."""
+_Toss = Callable[[int, Tensor, float], Tensor]
+"""Called with the index of a member, its part of a stack, and a probability: the member's own coins for it."""
+
+
+class _StackedDropout(nn.Module):
+    """A `Dropout` of stacked models."""
+
+    toss: _Toss | None = None
+    """None: the same coins for all models."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.p == 0 else x * coins(x, self.p)
+        if self.p == 0:
+            return x
+        return x * (coins(x, self.p) if self.toss is None else _OwnCoins.apply(x.detach(), self.p, self.toss))
 
 
-def _stacked_step(members: Sequence[Member], batch: Batch) -> None:
+class _OwnCoins(Function):
+    """What each of the stacked models multiplies its part with."""
+
+    @staticmethod
+    def forward(x: Tensor, p: float, toss: _Toss) -> Tensor:
+        raise NotImplementedError("only of a stack")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, p: float, toss: _Toss) -> tuple[Tensor, int]:
+        parts = x.movedim(in_dims[0], 0)
+        return torch.stack([toss(index, part, p) for index, part in enumerate(parts)]), 0
+
+
+def _stacked_step(members: Sequence[Member], batches: Sequence[Batch]) -> None:
     """Gives every member its answer. Raises _DoesNotStack, with no answer, where the model's pass cannot be made."""
     first = members[0]
+    before = [member.random for member in members]
     stacked = [
         torch.stack([weight.detach() for weight in weights]).requires_grad_(weights[0].requires_grad)
         for weights in zip(*(member.weights for member in members), strict=True)
     ]
+
+    def toss(index: int, part: Tensor, p: float) -> Tensor:
+        members[index].enter()
+        made = coins(part, p)
+        members[index].leave()
+        return made
+
+    alike = all(_same(members[0], batches[0], *other) for other in zip(members[1:], batches[1:], strict=True))
+    if not alike and isinstance(first.own.model, HasObjective):
+        raise _DoesNotStack(f"{type(first.own.model).__name__} draws for its objective, each seed something else")
     first.enter()
     try:
-        hidden, table, terms = first.posed.stacked(stacked, batch, first.own.generator)
+        hidden, table, terms = first.posed.stacked(stacked, batches, first.own.generator, None if alike else toss)
     except Exception as error:
+        for member, random in zip(members, before, strict=True):
+            member.random = random
         raise _DoesNotStack(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-    first.leave()
+    if alike:
+        first.leave()
+        for member in members:
+            member.random = first.random
     asked = first.posed.objective
     del first.posed.objective
     parts_of = [table.unbind(), *(stack.unbind() for stack in (*hidden, *terms))]
     losses: list[Tensor] = []
-    for member, (own_table, *own_parts) in zip(members, zip(*parts_of, strict=True), strict=True):
-        own, member.random = member.own, first.random
+    for member, batch, (own_table, *own_parts) in zip(members, batches, zip(*parts_of, strict=True), strict=True):
+        own = member.own
         states, own_terms = own_parts[: len(hidden)], own_parts[len(hidden) :]
         answers = tuple((weight, state) for (weight, _), state in zip(asked.answers, states, strict=True))
         further = dict(zip(asked.terms, own_terms, strict=True))
         try:
-            parts = answer_losses(Objective(asked.batch, answers, further), own_table, own.loss, own.negatives)
+            questions = asked.batch if alike else batch
+            parts = answer_losses(Objective(questions, answers, further), own_table, own.loss, own.negatives)
         except Exception as error:
             member.answer = error
             continue
@@ -292,6 +354,11 @@ def _stacked_step(members: Sequence[Member], batch: Batch) -> None:
             own_weights = [weight for weight in member.weights if weight.requires_grad]
             loss = _Known.apply(member.answer.loss, own_gradients, *own_weights)
             member.answer = StepLoss(loss, member.answer.values)
+
+
+def _same(one: Member, batch: Batch, other: Member, its: Batch) -> bool:
+    """Whether two runs have the same seed: the same questions before them, and the same coins to toss."""
+    return torch.equal(batch.items, its.items) and torch.equal(one.random[0], other.random[0])
 
 
 class _Known(Function):

@@ -77,6 +77,26 @@ def test_what_a_pass_depends_on_keeps_runs_apart(tmp_path, write_sweep):
         assert [len(own) for own in bundle(Desk(plan, tmp_path / "out").jobs(plan.cells), 8)] == sizes
 
 
+def test_seeds_go_together_where_batches_have_one_shape(tmp_path, write_sweep):
+    path = write_sweep(tmp_path, arms={"exchange": {}}, seeds=[0, 1, 2])
+    for change, sizes in (("set.trainer.widths=1", [3]), ("set.trainer.widths=2", [1, 1, 1])):
+        plan = plan_of(path, change)
+        assert [len(own) for own in bundle(Desk(plan, tmp_path / "out").jobs(plan.cells), 8)] == sizes
+
+
+def test_the_table_of_seeds_is_that_of_runs_one_after_another(tmp_path, write_sweep, monkeypatch):
+    path = write_sweep(tmp_path, arms={"none": {"set": {"model.cross": None}}, "exchange": {}}, seeds=[0, 1, 2])
+    run(plan_of(path, "set.trainer.widths=1"), tmp_path / "apart")
+    stacked = []
+    step = together._stacked_step
+    monkeypatch.setattr(together, "_stacked_step", lambda *given: stacked.append(step(*given)))
+    run(plan_of(path, "set.trainer.widths=1", "together=3"), tmp_path / "together")
+    assert stacked
+    apart, one = (read_table(tmp_path / name).drop(columns="run") for name in ("apart", "together"))
+    assert apart["state"].tolist() == ["done"] * 6
+    pd.testing.assert_frame_equal(one, apart, rtol=NOISE)
+
+
 @pytest.mark.slow
 def test_killed_within_a_group_and_started_again(tmp_path, write_sweep):
     path = write_sweep(tmp_path, **TUNED, arms={"exchange": {}})

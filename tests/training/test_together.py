@@ -15,7 +15,7 @@ from rich.console import Console
 
 from recsys.experiment import Experiment, load_data
 from recsys.loading import parse_config
-from recsys.results import RunDirectory
+from recsys.results import RunDirectory, RunError
 from recsys.training import together
 from recsys.training.checkpoint import read_checkpoint
 from recsys.training.module import SequentialModule
@@ -28,6 +28,12 @@ SAMPLED = {"loss": {"name": "sampled_softmax"}, "negatives": {"name": "uniform",
 MODELS: dict[str, dict[str, Any]] = {
     "exchange": {"model": {"name": "cross_domain", **SIZE, "cross": {"num_heads": 2, "dropout": 0.1}}, **SAMPLED},
     "sasrec": {"model": {"name": "sasrec", **SIZE, "target_query": "domain"}, "loss": {"name": "softmax"}},
+    "hstu": {"model": {"name": "hstu", "d_model": 8, "num_layers": 1, "num_heads": 2}, **SAMPLED},
+    "shuffled": {
+        "model": {"name": "cross_domain", **SIZE, "cross": {"num_heads": 2, "context": "shuffled"}},
+        **SAMPLED,
+    },
+    "autocdsr": {"model": {"name": "autocdsr", **SIZE}, **SAMPLED},
     "gru4rec": {"model": {"name": "gru4rec", "d_model": 8}, **SAMPLED},
 }
 RATES = (1e-3, 1e-2, 3e-3)
@@ -211,3 +217,67 @@ def test_an_interrupt_leaves_runs_that_are_not_failed(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         train_together([begin, begin])
     assert [RunDirectory(path).state for path in sorted(tmp_path.glob("*/*"))] == ["new"] * 2
+
+
+SEEDS = (0, 1, 2)
+
+
+def of_seed(model: str, seed: int, folder: Path, losses: Losses, widths: int | None, *members: Member) -> RunDirectory:
+    plain = experiment(model, RATES[0])
+    config = plain.model_copy(
+        update={"seed": seed, "trainer": plain.trainer.model_copy(update={"widths": widths})}, deep=True
+    )
+    return train(config, load_data(config.data, None), folder, Console(quiet=True), callbacks=[*members, losses])
+
+
+@pytest.mark.parametrize(
+    ("model", "widths", "together"),
+    [
+        ("exchange", 1, "all"),
+        ("sasrec", 1, "all"),
+        ("hstu", 1, "all"),
+        ("shuffled", 1, "all"),
+        ("sasrec", None, "not all"),
+    ],
+)
+def test_seeds_of_one_shape(model: str, widths: int | None, together: str, tmp_path: Path, sizes: list[int]) -> None:
+    """Each sees batches, coins and negatives of its own."""
+    expected = [Losses() for _ in SEEDS]
+    pairs = zip(SEEDS, expected, strict=True)
+    apart = [of_seed(model, seed, tmp_path / "apart", losses, widths) for seed, losses in pairs]
+    assert not sizes
+    found = [Losses() for _ in SEEDS]
+    runs = train_together(
+        [
+            partial(of_seed, model, seed, tmp_path / "together", losses, widths)
+            for seed, losses in zip(SEEDS, found, strict=True)
+        ]
+    )
+    for one, other, losses, own in zip(apart, runs, found, expected, strict=True):
+        assert losses.values == pytest.approx(own.values, rel=NOISE)
+        same(one, other)
+    steps = len(expected[0].values)
+    assert sizes == [3] * steps if together == "all" else len(sizes) < steps
+    assert len({losses.values[0] for losses in expected}) == len(SEEDS)
+
+
+def test_seeds_of_a_model_with_an_objective_of_its_own_are_trained_by_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together, "_shape", lambda batch: None)
+    expected, found = ([Losses() for _ in SEEDS[:2]] for _ in range(2))
+    for seed, losses in zip(SEEDS, expected, strict=False):
+        of_seed("autocdsr", seed, tmp_path / "apart", losses, None)
+    train_together(
+        [
+            partial(of_seed, "autocdsr", seed, tmp_path / "together", losses, None)
+            for seed, losses in zip(SEEDS, found, strict=False)
+        ]
+    )
+    assert "2 runs go on one after another: AutoCDSR" in capsys.readouterr().err
+    assert [losses.values for losses in found] == [losses.values for losses in expected]
+
+
+def test_widths_are_refused_where_padding_would_count(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"trainer.widths: AutoCDSR"):
+        of_seed("autocdsr", 0, tmp_path, Losses(), 1)
