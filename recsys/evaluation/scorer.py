@@ -32,7 +32,7 @@ class DotScorer:
     model has changed.
     """
 
-    def __init__(self, model: Recommender, max_len: int | None = None, rows: int = 256) -> None:
+    def __init__(self, model: Recommender, max_len: int | None = None, rows: int = 512) -> None:
         self.model = model
         self.max_len = None if getattr(model, "packs_events", False) else max_len
         self.rows = rows
