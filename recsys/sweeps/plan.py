@@ -67,8 +67,9 @@ class SweepConfig(Config):
     threads: int = Field(1, ge=1)
     """Of torch, in every run. Results depend on it in their last bits, so it is the sweep's and not the machine's."""
     together: int = Field(1, ge=1)
-    """Runs that differ in their optimizer alone (the learning rates of a tuning), and with `trainer.widths: 1` those that
-    differ in their seed, are trained as one, so many at a time. Losses are equal to fp32 noise, not to the bit, so a table is that of 1 to about four digits. 1: each by itself."""
+    """Runs that differ in their optimizer alone (the learning rates of a tuning) are trained as one, so many at a time;
+    with `trainer.widths: 1`, those that differ in their seed too. Losses are equal to fp32 noise, not to the bit, so a
+    table is that of 1 to about four digits. 1: each by itself."""
     executor: ExecutorConfig = LocalConfig()
 
     @model_validator(mode="after")
