@@ -18,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from recsys.loading import Config
-from recsys.products import Factor, ProductSum
+from recsys.products import ProductSum, product, recurring, whole_lines
 from recsys.sizes import places
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, Draw, NegativeSampler
 
@@ -383,51 +383,51 @@ def chunked_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum over positions of the cross-entropy of hidden . weight^T; `targets` are rows of `weight`.
 
-    Gradients are made together with the loss, chunk by chunk in one buffer, so neither the logits nor their
-    gradient are ever held whole and nothing is computed twice.
+    Gradients are made together with the loss, chunk by chunk in place, so neither the logits nor their gradient are
+    ever held whole and nothing is computed twice.
     """
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_positions)
 
 
 _SHARED_ROWS = 512
 """Positions that are held against shared negatives at once: few enough for a cache."""
-
-
 _LOG2_E = 1 / math.log(2)
 """Logits in bits: an exponential to the base 2 takes half the time of one to the base e on a CPU."""
-_LINE = 16
-"""fp32 numbers in a cache line."""
+_FEW_BITS = 60.0
+"""fp32 holds the exponentials of logits up to this one, and their sums, as they are."""
 
 
 class _ChunkedCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_positions: int) -> Tensor:
+        count = len(hidden)
+        hidden, targets = _filled_up(count, hidden, targets)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        vectors = _filled_up(weight)
-        to_logits, to_states = Factor(vectors), Factor(vectors.t())
+        vectors = whole_lines(weight)
         d_vectors = ProductSum(vectors) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(())
-        # One buffer for all chunks: freshly allocated logits cost half as much again, in page faults.
-        buffer = hidden.new_empty(min(chunk_positions, len(hidden)), len(vectors))
+        overflows = not _may_count(hidden) or _largest_logit(hidden, weight) * _LOG2_E > _FEW_BITS
         for start in range(0, len(hidden), chunk_positions):
             chunk = slice(start, start + chunk_positions)
             states, target = hidden[chunk], targets[chunk, None]
-            block = to_logits(states * _LOG2_E, buffer[: len(states)])  # zero beyond the candidates, and stays
+            block = product(states * _LOG2_E, vectors)  # zero beyond the candidates, and stays so
             logits = block[:, : len(weight)]
-            logits -= logits.amax(1, keepdim=True)
+            if overflows:
+                logits -= logits.amax(1, keepdim=True)
             target_logit = logits.gather(1, target)
             unnormalised = logits.exp2_()
             norm = unnormalised.sum(1, keepdim=True)
-            total += (norm.log2() - target_logit).sum()
+            total += (norm.log2() - target_logit)[: count - start].sum()
             # The gradient of the logits is (unnormalised - norm at the target) / norm; dividing the small side of
-            # each product saves a pass over the buffer.
+            # each product saves a pass over the block.
             unnormalised.scatter_add_(1, target, -norm)
             if d_hidden is not None:
-                torch.div(to_states(block), norm, out=d_hidden[chunk])
+                torch.div(product(block, vectors.t()), norm, out=d_hidden[chunk])
             if d_vectors is not None:
                 d_vectors.add(block, states / norm)
+            del block, logits, unnormalised  # two at a time would be the most that a step holds
         d_weight = None if d_vectors is None else d_vectors.total()[: len(weight)].contiguous()
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(None if d_hidden is None else d_hidden[:count], d_weight)
         return total / _LOG2_E
 
     @staticmethod
@@ -437,10 +437,18 @@ class _ChunkedCrossEntropy(Function):
         return d_hidden, d_weight, None, None
 
 
-def _filled_up(vectors: Float[Tensor, "candidates d_model"]) -> Float[Tensor, "filled d_model"]:
-    """With zeros below: products into rows that do not begin at cache lines take half as long again."""
-    missing = -len(vectors) % _LINE
-    return F.pad(vectors, (0, 0, 0, missing)) if missing else vectors
+def _filled_up(count: int, hidden: Float[Tensor, "positions d_model"], *further: Tensor) -> tuple[Tensor, ...]:
+    """States of zero below, as many as make a number of rows that products like, and zeros for what goes with them."""
+    missing = recurring(count, hidden) - count
+    if not missing:
+        return hidden, *further
+    return F.pad(hidden, (0, 0, 0, missing)), *(F.pad(values, (0, missing)) for values in further)
+
+
+def _largest_logit(hidden: Float[Tensor, "positions d_model"], weight: Float[Tensor, "candidates d_model"]) -> float:
+    """A bound on the logits (Cauchy and Schwarz)."""
+    longest, longest_weight = (torch.linalg.vector_norm(part, dim=1).amax() for part in (hidden, weight))
+    return float(longest * longest_weight)
 
 
 def shared_cross_entropy(
@@ -470,17 +478,17 @@ class _SharedCrossEntropy(Function):
         negatives: Tensor,
         log_q: Tensor,
     ) -> Tensor:
+        count = len(hidden)
+        hidden, target_logits, targets = _filled_up(count, hidden, target_logits, targets)
         d_hidden, d_target = torch.empty_like(hidden), torch.empty_like(target_logits)
-        vectors = _filled_up(weight)
-        to_logits, to_states = Factor(vectors), Factor(vectors.t())
+        vectors = whole_lines(weight)
         d_vectors = ProductSum(vectors)
         total = hidden.new_zeros(())
-        buffer = hidden.new_empty(min(_SHARED_ROWS, len(hidden)), len(vectors))
         target_logits, log_q = target_logits * _LOG2_E, log_q * _LOG2_E
         for start in range(0, len(hidden), _SHARED_ROWS):
             chunk = slice(start, start + _SHARED_ROWS)
             states, target = hidden[chunk], target_logits[chunk, None]
-            block = to_logits(states * _LOG2_E, buffer[: len(states)])  # zero beyond the negatives, and stays so
+            block = product(states * _LOG2_E, vectors)  # zero beyond the negatives, and stays so
             logits = block[:, : len(weight)]
             logits -= log_q
             _leave_out(logits, negatives, targets[chunk])
@@ -488,11 +496,11 @@ class _SharedCrossEntropy(Function):
             unnormalised = logits.sub_(peak).exp2_()
             of_target = (target - peak).exp2()
             norm = unnormalised.sum(1, keepdim=True) + of_target
-            total += (norm.log2() + peak - target).sum()
+            total += (norm.log2() + peak - target)[: count - start].sum()
             d_target[chunk] = (of_target / norm - 1)[:, 0]
-            torch.div(to_states(block), norm, out=d_hidden[chunk])
+            torch.div(product(block, vectors.t()), norm, out=d_hidden[chunk])
             d_vectors.add(block, states / norm)
-        ctx.save_for_backward(d_hidden, d_target, d_vectors.total()[: len(weight)].contiguous())
+        ctx.save_for_backward(d_hidden[:count], d_target[:count], d_vectors.total()[: len(weight)].contiguous())
         return total / _LOG2_E
 
     @staticmethod

@@ -1,12 +1,9 @@
-"""Where a tensor lies, and what becomes of its memory: some percent of a training step on a CPU, and more."""
+"""What becomes of the memory that a process frees: some percent of a training step on a CPU, and more."""
 
 import ctypes
 import mmap
 import platform
 from functools import cache
-
-from jaxtyping import Float
-from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """Parameters of glibc's `mallopt`."""
@@ -14,7 +11,6 @@ _LARGEST = 2**31 - 1
 _MMAPS, _LARGEST_THRESHOLD = 2**16, 2**25
 """The default of the one, and what the other grows to by itself."""
 _HUGE_PAGE = 2**21
-_CACHE_LINE = 64
 
 
 @cache
@@ -43,9 +39,3 @@ def keep_freed_memory() -> bool:
         libc.madvise(first, last - first, mmap.MADV_HUGEPAGE)
         libc.free(start)
     return bool(libc.mallopt(_MMAP_MAX, _MMAPS) and libc.mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD))
-
-
-def aligned_rows(rows: int, columns: int, like: Tensor) -> Float[Tensor, "rows columns"]:
-    """An empty matrix whose rows begin at cache lines; a product into others takes half as long again on a CPU."""
-    line = _CACHE_LINE // like.element_size()
-    return like.new_empty(rows, -(-columns // line) * line)[:, :columns]

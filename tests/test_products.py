@@ -5,11 +5,11 @@ import torch
 
 from recsys import products
 from recsys.losses import SoftmaxConfig, chunked_cross_entropy, shared_cross_entropy
-from recsys.products import Factor, ProductSum
+from recsys.products import ProductSum, product, recurring, whole_lines
 
 WIDTH = 24
-ROWS = (256, 512, 700, 3, 0)
-"""Such as come again and again, and rests."""
+ROWS = (64, 512, 700, 3, 0)
+"""Such as come again and again, and others."""
 
 
 def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -27,12 +27,12 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("columns", [96, 97])
 @pytest.mark.parametrize("turned", [False, True])
 def test_products_are_those_of_fp64(dtype: torch.dtype, columns: int, turned: bool) -> None:
-    b = matrix(WIDTH, columns, 0).t() if turned else matrix(columns, WIDTH, 0)
-    factor, total = Factor(b.to(dtype)), ProductSum(b.to(dtype))
+    b = (matrix(WIDTH, columns, 0).t() if turned else matrix(columns, WIDTH, 0)).to(dtype)
+    total = ProductSum(b)
     expected = torch.zeros(columns, WIDTH, dtype=torch.float64)
     for rows in ROWS:
-        a, memory = matrix(rows, WIDTH, rows).to(dtype), torch.full((rows, columns), torch.nan, dtype=dtype)
-        made = factor(a, memory)
+        a = matrix(rows, WIDTH, rows).to(dtype)
+        made = product(a, b)
         assert made.dtype == dtype
         torch.testing.assert_close(made.double(), a.double() @ b.double().t(), rtol=0, atol=2e-5)
         total.add(made, a)
@@ -41,11 +41,32 @@ def test_products_are_those_of_fp64(dtype: torch.dtype, columns: int, turned: bo
     torch.testing.assert_close(total.total().double(), expected, rtol=1e-5, atol=1e-3)
 
 
+def test_rows_are_filled_up_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = torch.zeros(1)
+    monkeypatch.setattr(products, "_knows_better", lambda: True)
+    assert [recurring(rows, like) for rows in (0, 1, 64, 65)] == [0, 64, 64, 128]
+    assert recurring(65, like.double()) == 65
+    monkeypatch.setattr(products, "_knows_better", lambda: False)
+    assert recurring(65, like) == 65
+
+
+@pytest.mark.parametrize(("dtype", "line"), [(torch.float32, 16), (torch.float64, 8)])
+def test_whole_lines(dtype: torch.dtype, line: int) -> None:
+    few = matrix(line + 1, 3, 0).to(dtype)
+    filled = whole_lines(few)
+    assert len(filled) == 2 * line
+    assert torch.equal(filled[: line + 1], few)
+    assert not filled[line + 1 :].any()
+    assert whole_lines(filled) is filled
+
+
 @pytest.mark.usefixtures("library")
-def test_a_cross_entropy_of_whole_chunks_and_a_rest_is_that_of_torch() -> None:
-    """The chunks of 512 positions that a step on real data has, as the golden losses' few have none."""
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_a_cross_entropy_of_whole_chunks_and_a_rest_is_that_of_torch(scale: float) -> None:
+    """The chunks of 512 positions that a step on real data has, as the golden losses' few have none, with logits whose
+    exponentials fp32 holds and with others."""
     chunk = SoftmaxConfig().chunk_positions
-    hidden, weight = matrix(chunk + 88, WIDTH, 1).requires_grad_(), matrix(1003, WIDTH, 2).requires_grad_()
+    hidden, weight = (scale * matrix(chunk + 88, WIDTH, 1)).requires_grad_(), matrix(1003, WIDTH, 2).requires_grad_()
     targets = torch.randint(1003, (len(hidden),), generator=torch.Generator().manual_seed(3))
     loss = chunked_cross_entropy(hidden, weight, targets, chunk)
     found = loss, *torch.autograd.grad(loss, (hidden, weight))

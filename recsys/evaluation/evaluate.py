@@ -26,6 +26,7 @@ from recsys.evaluation.protocols import (
 from recsys.evaluation.rank import RankInterval, Ties, cross_entropy, hide, rank, rank_sampled
 from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, Seen, Split, ranks_table
 from recsys.evaluation.scorer import DotScorer
+from recsys.evaluation.search import cached_rows
 from recsys.evaluation.targets import EvalBatch, Targets
 from recsys.loading import Config, ConfigError
 from recsys.types import Catalog, HasThreads, Scorer
@@ -123,10 +124,10 @@ def evaluate(
             if config.scores == "bf16":
                 scores = scores.bfloat16().float()
             for protocol, pool in zip(protocols, pools, strict=True):
-                columns = torch.searchsorted(items, pool)
+                columns = None if len(pool) == len(items) else torch.searchsorted(items, pool)
                 key = (protocol.name, targets.domain)
                 if protocol.negatives is None:
-                    of_pool = scores if len(pool) == len(items) else scores[:, columns]
+                    of_pool = scores if columns is None else scores[:, columns]
                     covered = coverage.setdefault(key, Coverage(len(pool), config.ks))
                     ranks, loss = _rank_pool(of_pool, pool, targets, catalog, config.seen, covered)
                 elif protocol.by_thread:
@@ -142,7 +143,7 @@ def evaluate(
                     negatives = draw_negatives(protocol.negatives, pool, catalog, targets, config.seed)
                     hashes.setdefault(key, NegativesHash()).update(targets, pool[negatives])
                     target_column = torch.searchsorted(items, targets.target.contiguous())
-                    drawn = negatives if len(pool) == len(items) else columns[negatives]
+                    drawn = negatives if columns is None else columns[negatives]
                     ranks = rank_sampled(scores, target_column, drawn, targets.user, protocol.margin)
                     loss = None
                 pieces.append(_piece(protocol.name, targets, catalog, ranks, loss))
@@ -203,10 +204,14 @@ def _rank_pool(
     if seen == "history":
         places = positions(pool, catalog)[targets.seen]
         excluded = places.where(places < len(pool), target_index[:, None])
-    visible = hide(scores, target_index, excluded, targets.user)
-    if coverage is not None:
-        coverage.update(visible)
-    return rank(visible, target_index), cross_entropy(visible, target_index)
+    found = []
+    for rows in cached_rows(scores):
+        of_rows = None if excluded is None else excluded[rows]
+        visible = hide(scores[rows], target_index[rows], of_rows, targets.user[rows])
+        if coverage is not None:
+            coverage.update(visible)
+        found.append((rank(visible, target_index[rows]), cross_entropy(visible, target_index[rows])))
+    return RankInterval.concatenate([ranks for ranks, _ in found]), torch.cat([loss for _, loss in found])
 
 
 def _pools(protocols: Sequence[RankingProtocol], catalog: Catalog, domain: int) -> list[Int[Tensor, " candidates"]]:
@@ -233,20 +238,24 @@ def _piece(
     protocol: str, targets: Targets, catalog: Catalog, ranks: RankInterval, loss: Float[Tensor, " batch"] | None
 ) -> pa.Table:
     count = len(targets.history)
-    columns = [
-        [protocol] * count,
-        targets.user.tolist(),
-        [catalog.domain_names[targets.domain]] * count,
-        targets.target.tolist(),
-        targets.history.tolist(),
-        ranks.greater.tolist(),
-        ranks.ties.tolist(),
-        ranks.candidates.tolist(),
-        [None] * count if loss is None else loss.tolist(),
+    columns: list[str | Tensor | None] = [
+        protocol,
+        targets.user,
+        catalog.domain_names[targets.domain],
+        targets.target,
+        targets.history,
+        ranks.greater,
+        ranks.ties,
+        ranks.candidates,
+        loss,
     ]
-    return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, RANKS_SCHEMA, strict=True)], schema=RANKS_SCHEMA
-    )
+    arrays = [
+        pa.array(column.cpu().numpy()).cast(field.type)
+        if isinstance(column, Tensor)
+        else pa.repeat(pa.scalar(column, field.type), count)
+        for column, field in zip(columns, RANKS_SCHEMA, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=RANKS_SCHEMA)
 
 
 def _coverage(

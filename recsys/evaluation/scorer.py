@@ -8,9 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from recsys.evaluation.search import near
-from recsys.memory import aligned_rows
 from recsys.precision import at_least_fp32, matmul_precision
-from recsys.products import Factor
+from recsys.products import product, whole_lines
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, HasThreads, Recommender
 
 
@@ -85,8 +84,8 @@ class _Candidates:
     def __init__(self, items: Int[Tensor, " candidates"], table: Float[Tensor, "items d_model"]) -> None:
         self.items = items
         self.table = table
-        self.vectors = at_least_fp32(table[items])
-        self._times = Factor(self.vectors)
+        self._lines = whole_lines(at_least_fp32(table[items]))
+        self.vectors = self._lines[: len(items)]
         self.longest = torch.linalg.vector_norm(self.vectors, dim=1).amax()
 
     def of(self, items: Int[Tensor, " some"]) -> Float[Tensor, "some d_model"]:
@@ -98,8 +97,7 @@ class _Candidates:
     ) -> Float[Tensor, "rows candidates"]:
         """fp32 products; those near that of a state and its `own` item (first rows have one) are rounded from fp64."""
         with matmul_precision("highest"), torch.autocast(states.device.type, enabled=False):
-            aligned = aligned_rows(len(states), len(self.items), states)
-            scores = self._times(states, aligned).float()
+            scores = product(states, self._lines)[:, : len(self.items)].float()
         real = states[: len(own)]
         target = (real.double() * own).sum(1).float()
         # Higham, Accuracy and Stability of Numerical Algorithms, 3.1: the rounding error of a product of length n is at

@@ -21,6 +21,7 @@ from recsys.models.encoders import causal_mask
 from recsys.models.exchange import View, check_cross, exchange, look, make_units
 from recsys.models.initialization import STD
 from recsys.models.streams import Streams, cut_streams
+from recsys.products import product
 from recsys.sizes import places
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog
 
@@ -295,8 +296,11 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, h: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
-        both = self.gate_and_value(h)
         weight = self.output.weight
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(h.device.type)):
+            gate, value = product(h, self.gate_and_value.weight).chunk(2, dim=-1)
+            return product(F.silu(gate).mul_(value), weight)
+        both = self.gate_and_value(h)
         if torch.compiler.is_compiling() or both.dtype != weight.dtype:  # fused by the compiler; or autocast
             gate, value = both.chunk(2, dim=-1)
             return self.output(F.silu(gate) * value)

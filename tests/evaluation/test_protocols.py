@@ -78,6 +78,19 @@ def test_the_stray_item_of_the_compatible_protocol_is_drawn():
     assert not (drawn_items("abxi_999", 1, targets(1)) == 1100).any()
 
 
+@pytest.mark.parametrize("thread", [0, 3])
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 3 * 2**70 + 11])
+def test_each_target_has_the_generator_that_numpy_makes_of_seed_user_and_target(seed: int, thread: int):
+    rows = targets(1)
+    pool = PROTOCOLS["abxi_999"].pool(CATALOG, 1)
+    drawn = pool[draw_negatives(Negatives(50), pool, CATALOG, rows, seed, thread)]
+    for row in (0, 17, 39):
+        user, target = int(rows.user[row]), int(rows.target[row])
+        free = np.setdiff1d(pool.numpy(), [*rows.seen[row].tolist(), target])
+        generator = np.random.default_rng((seed, user, target, thread) if thread else (seed, user, target))
+        assert drawn[row].tolist() == generator.choice(free, 50, replace=False, shuffle=False).tolist()
+
+
 def test_popular_items_are_drawn_more_often_in_proportion_to_training_events():
     counts = torch.tensor([0, 1, 2, 3, 0, 4, 10])  # the target is item 6
     catalog = Catalog(("food",), torch.tensor([-1, 0, 0, 0, 0, 0, 0]), counts)
