@@ -23,25 +23,25 @@ class Coverage:
 
     def __init__(self, num_items: int, ks: Sequence[int]) -> None:
         self.ks = tuple(ks)
-        self._log_missed = torch.zeros(len(self.ks), num_items, dtype=torch.float64)
+        self._log_missed = torch.zeros(len(self.ks), num_items + 1, dtype=torch.float64)  # the last is no item
 
     def update(self, scores: Float[Tensor, "batch candidates"]) -> None:
         """Add lists; a score of -inf marks an item that may not be recommended."""
         self._log_missed = self._log_missed.to(scores.device)
         width = scores.shape[1]
         best, items = largest(scores, min(max(self.ks) + 1, width))
+        items = items.where(best.isfinite(), width)
         for missed, k in zip(self._log_missed, self.ks, strict=True):
             places = min(k, width)
             last = best[:, places - 1]
             tied = (best[:, places] == last) & last.isfinite() if places < width else torch.zeros_like(last).bool()
-            sure = best[:, :places].isfinite() & ~tied[:, None]
-            missed[items[:, :places][sure]] = -torch.inf
+            missed[items[:, :places].where(~tied[:, None], width).flatten()] = -torch.inf
             if tied.any():
                 above, level = scores[tied] > last[tied, None], scores[tied] == last[tied, None]
                 chance = (places - above.sum(1)).double() / level.sum(1)
-                missed += torch.log1p(-chance) @ level.double()
-                missed[above.any(0)] = -torch.inf
+                missed[:-1] += torch.log1p(-chance) @ level.double()
+                missed[:-1][above.any(0)] = -torch.inf
 
     def shares(self) -> tuple[float, ...]:
         """Coverage at each k. Rounded, because sums of fp64 logarithms depend on their order in the last digits."""
-        return tuple(round(float(-torch.expm1(missed).mean()), 12) for missed in self._log_missed)
+        return tuple(round(float(-torch.expm1(missed).mean()), 12) for missed in self._log_missed[:, :-1])

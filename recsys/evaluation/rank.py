@@ -1,6 +1,6 @@
 """The ranking core: where the target stands among its candidates, as an interval where scores tie."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,13 +76,7 @@ def hide(
 def rank(visible: Float[Tensor, "batch candidates"], target_index: Int[Tensor, " batch"]) -> RankInterval:
     """Rank of each row's target among the row's candidates; -inf marks what is none (see `hide`)."""
     target = visible.gather(1, target_index[:, None])
-    # Ones and zeros in the type of the scores are made and summed several times faster than booleans on a CPU.
-    found = torch.empty_like(visible)
-    exact = torch.float64 if visible.shape[1] > 2**24 else None  # fp32 counts up to there
-    greater, equal, candidates = (
-        compare(visible, bound, out=found).sum(1, dtype=exact).long()
-        for compare, bound in ((torch.gt, target), (torch.eq, target), (torch.gt, -torch.inf))
-    )
+    greater, equal, candidates = _counts(visible, (torch.gt, target), (torch.eq, target), (torch.gt, -torch.inf))
     return RankInterval(greater, equal - 1, candidates)
 
 
@@ -103,9 +97,19 @@ def rank_sampled(
     target = scores.gather(1, target_index[:, None])
     rivals = scores.gather(1, negatives)
     require_finite(torch.cat([target, rivals], dim=1), users)
-    greater = (rivals > target + margin).sum(1)
-    ties = (real & (rivals >= target - margin)).sum(1) - greater
-    return RankInterval(greater, ties, 1 + real.sum(1))
+    greater, at_least = _counts(rivals, (torch.gt, target + margin), (torch.ge, target - margin))
+    filled_up = rivals.shape[1] - real.sum(1)  # with the target, which ties with itself
+    return RankInterval(greater, at_least - greater - filled_up, 1 + real.sum(1))
+
+
+def _counts(
+    scores: Float[Tensor, "batch candidates"], *conditions: tuple[Callable[..., Tensor], Tensor | float]
+) -> list[Int[Tensor, " batch"]]:
+    """How many scores of each row fulfil each of some comparisons."""
+    # Ones and zeros in the type of the scores are made and summed several times faster than booleans on a CPU.
+    found = torch.empty_like(scores)
+    exact = torch.float64 if scores.shape[1] > 2**24 else None  # fp32 counts up to there
+    return [compare(scores, bound, out=found).sum(1, dtype=exact).long() for compare, bound in conditions]
 
 
 def cross_entropy(
