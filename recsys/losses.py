@@ -407,7 +407,7 @@ class _ChunkedCrossEntropy(Function):
         d_vectors = ProductSum(vectors) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(())
         overflows = not _may_count(hidden) or _largest_logit(hidden, weight) * _LOG2_E > _FEW_BITS
-        for start in range(0, len(hidden), chunk_positions):
+        for start in range(0, count, chunk_positions):
             chunk = slice(start, start + chunk_positions)
             states, target = hidden[chunk], targets[chunk, None]
             block = product(states * _LOG2_E, vectors)  # zero beyond the candidates, and stays so
@@ -485,7 +485,7 @@ class _SharedCrossEntropy(Function):
         d_vectors = ProductSum(vectors)
         total = hidden.new_zeros(())
         target_logits, log_q = target_logits * _LOG2_E, log_q * _LOG2_E
-        for start in range(0, len(hidden), _SHARED_ROWS):
+        for start in range(0, count, _SHARED_ROWS):
             chunk = slice(start, start + _SHARED_ROWS)
             states, target = hidden[chunk], target_logits[chunk, None]
             block = product(states * _LOG2_E, vectors)  # zero beyond the negatives, and stays so
