@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -20,6 +20,7 @@ from recsys.models.embeddings import HistoryEmbedding, ItemEmbedding, check_leng
 from recsys.models.encoders import causal_mask
 from recsys.models.exchange import View, check_cross, exchange, look, make_units
 from recsys.models.initialization import STD
+from recsys.models.lines import may_be_sorted, sort_lines
 from recsys.models.streams import Streams, cut_streams
 from recsys.products import product
 from recsys.sizes import places
@@ -193,10 +194,13 @@ class ABXI(nn.Module):
         slots: Int[Tensor, " slots"],
     ) -> Float[Tensor, "events d_model"]:
         """Each stream to itself, every state to the events before it and its own."""
+        query, pair = self.attention.query(events), self.attention.key_value(events)
+        lines = torch.cat([part.sum(dim=1) for part in (batch.mask, *streams.split(streams.real))])
+        if may_be_sorted(lines, len(events)):
+            keys = torch.cat([torch.ones_like(cells, dtype=torch.bool), streams.event[slots]])
+            return self._attend_by_length(query, pair, keys, lines)
         sizes = [len(cells), len(slots)]
-        (x_query, s_query), (x_pair, s_pair) = (
-            map_(events).split(sizes) for map_ in (self.attention.query, self.attention.key_value)
-        )
+        (x_query, s_query), (x_pair, s_pair) = query.split(sizes), pair.split(sizes)
         shape, real = batch.items.shape, batch.mask
         x = self.attention.attend(
             _spread(x_query, cells, real.numel()).unflatten(0, shape),
@@ -211,6 +215,24 @@ class ABXI(nn.Module):
         s = [self.attention.attend(q, kv, causal_mask(event)).flatten(0, 1) for q, kv, event in blocks if len(q)]
         own = torch.cat(s).index_select(0, slots) if s else s_query
         return torch.cat([x.flatten(0, 1).index_select(0, cells), own])
+
+    def _attend_by_length(
+        self,
+        query: Float[Tensor, "events d_model"],
+        key_value: Float[Tensor, "events two_d_model"],
+        keys: Bool[Tensor, " events"],
+        lines: Int[Tensor, " lines"],
+    ) -> Float[Tensor, "events d_model"]:
+        """As `_attend`, of streams that lie end to end, with as many events as `lines` says: the short ones together
+        and the long ones together, so that there is little padding."""
+        place, blocks = sort_lines(lines)
+        counts = [rows * length for rows, length in blocks]
+        parts = (_spread(part, place, sum(counts)).split(counts) for part in (query, key_value, keys[:, None]))
+        attended = []
+        for shape, *block in zip(blocks, *parts, strict=True):
+            q, kv, key = (part.unflatten(0, shape) for part in block)
+            attended.append(self.attention.attend(q, kv, causal_mask(key[:, :, 0])).flatten(0, 1))
+        return torch.cat(attended).index_select(0, place)
 
     def _attend_at_end(
         self,
@@ -393,6 +415,8 @@ def _inverse(cells: Int[Tensor, " rows"], total: int) -> Int[Tensor, " cells"]:
     return cells.new_zeros(total).index_copy_(0, cells, torch.arange(len(cells), device=cells.device))
 
 
-def _spread(rows: Float[Tensor, "rows width"], cells: Int[Tensor, " rows"], total: int) -> Float[Tensor, "cells width"]:
+def _spread(
+    rows: Shaped[Tensor, "rows width"], cells: Int[Tensor, " rows"], total: int
+) -> Shaped[Tensor, "cells width"]:
     """The rows at their cells again, zeros elsewhere."""
     return rows.new_zeros(total, rows.shape[1]).index_copy_(0, cells, rows)

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from recsys.losses import InfoNCEConfig
-from recsys.models import ABXIConfig, count_parameters
+from recsys.models import ABXIConfig, abxi, count_parameters
 from recsys.models.attention import CrossConfig
 from recsys.types import NO_DOMAIN, Batch, Catalog, Draw
 
@@ -253,6 +253,34 @@ def test_last_states_of_many_users_are_those_of_a_pass_over_all(cross, num_domai
     assert (domains != asked[:, -1:]).all(1).any(), "somebody is asked for a domain without events"
     torch.testing.assert_close(found[:, -1], expected, rtol=1e-10, atol=1e-10)
     assert not found[:, :-1].any()
+
+
+@pytest.mark.parametrize("num_domains", [2, 3])
+@pytest.mark.parametrize("cross", [None, CrossConfig(placement="early"), CrossConfig(placement="stack")])
+def test_states_and_gradients_do_not_depend_on_how_events_are_laid_out(cross, num_domains, make_catalog, monkeypatch):
+    """Lines sorted by length, as on a CPU, against one block for each stream, as where lengths are not known."""
+    generator = torch.Generator().manual_seed(1)
+    model = ABXIConfig(**SIZE, cross=cross).build(make_catalog(num_domains, 20), 9, generator).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+    rows, length = 40, 9
+    real = torch.arange(length) >= length - torch.randint(0, length + 1, (rows, 1), generator=generator)
+    items = torch.randint(1, 21, (rows, length), generator=generator) * real
+    asked = torch.randint(-1, num_domains, (rows, length), generator=generator).where(real, NO_DOMAIN)
+    domains, times = make_catalog(num_domains, 20).item_domain[items], torch.arange(length).expand(rows, length) * real
+    batch = Batch(torch.arange(rows), items, domains, times, torch.zeros_like(items), asked)
+    assert not real.any(1).all(), "somebody has no event"
+    found = []
+    for by_length in (True, False):
+        with monkeypatch.context() as patch:
+            if not by_length:
+                patch.setattr(abxi, "may_be_sorted", lambda *_: False)
+            states = model(batch)
+            found.append(
+                [states, *torch.autograd.grad(states.sin().sum(), list(model.parameters()), allow_unused=True)]
+            )
+    for sorted_, padded in zip(*found, strict=True):
+        torch.testing.assert_close(sorted_, padded, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("num_domains", [2, 3])

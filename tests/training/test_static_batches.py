@@ -227,8 +227,7 @@ def steps(config: Experiment, device: str, **options: Any) -> None:
     train(first)
     if device == "cpu":
         with NoWaiting(), pytest.MonkeyPatch.context() as patch:
-            for choice in ("_sparse_applies", "_may_count"):  # what only a CPU has
-                patch.setattr(f"recsys.losses.{choice}", lambda *_: False)
+            as_on_a_gpu(patch)
             for batch in rest:
                 train(batch)
         return
@@ -244,6 +243,12 @@ def steps(config: Experiment, device: str, **options: Any) -> None:
 @pytest.mark.parametrize("width_step", [None, 4])
 def test_no_step_waits_for_the_device(model: str, loss: str, width_step: int | None) -> None:
     steps(experiment(model, loss), "cpu", width_step=width_step)
+
+
+def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Without what only a CPU has."""
+    for choice in ("losses._sparse_applies", "losses._may_count", "models.abxi.may_be_sorted"):
+        patch.setattr(f"recsys.{choice}", lambda *_: False)
 
 
 class Watch(pl.Callback):
@@ -268,8 +273,13 @@ class Watch(pl.Callback):
             self.guard = None
             self.guarded += 1
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(None, None, None)
 
-def test_nothing_around_a_step_waits_either(tmp_path: Path) -> None:
+
+def test_nothing_around_a_step_waits_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_gpu(monkeypatch)
     trainer = {"epochs": 1, "batch_size": 8, "device": "cpu"}
     config = parse_config(
         {**experiment("cross_domain_early", "softmax").model_dump(mode="json"), "trainer": trainer}, Experiment, "test"
