@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from recsys.loading import Config
 from recsys.products import ProductSum, product, recurring, whole_lines
-from recsys.sizes import places
+from recsys.sizes import may_count, places
 from recsys.types import NO_DOMAIN, PAD_ID, Batch, Catalog, Draw, NegativeSampler
 
 
@@ -406,7 +406,7 @@ class _ChunkedCrossEntropy(Function):
         vectors = whole_lines(weight)
         d_vectors = ProductSum(vectors) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros(())
-        overflows = not _may_count(hidden) or _largest_logit(hidden, weight) * _LOG2_E > _FEW_BITS
+        overflows = not may_count(hidden) or _logit_bound(hidden, weight) * _LOG2_E > _FEW_BITS
         for start in range(0, count, chunk_positions):
             chunk = slice(start, start + chunk_positions)
             states, target = hidden[chunk], targets[chunk, None]
@@ -425,7 +425,7 @@ class _ChunkedCrossEntropy(Function):
                 torch.div(product(block, vectors.t()), norm, out=d_hidden[chunk])
             if d_vectors is not None:
                 d_vectors.add(block, states / norm)
-            del block, logits, unnormalised  # two at a time would be the most that a step holds
+            del block, logits, unnormalised  # or there are two of them while the next one is made
         d_weight = None if d_vectors is None else d_vectors.total()[: len(weight)].contiguous()
         ctx.save_for_backward(None if d_hidden is None else d_hidden[:count], d_weight)
         return total / _LOG2_E
@@ -445,8 +445,8 @@ def _filled_up(count: int, hidden: Float[Tensor, "positions d_model"], *further:
     return F.pad(hidden, (0, 0, 0, missing)), *(F.pad(values, (0, missing)) for values in further)
 
 
-def _largest_logit(hidden: Float[Tensor, "positions d_model"], weight: Float[Tensor, "candidates d_model"]) -> float:
-    """A bound on the logits (Cauchy and Schwarz)."""
+def _logit_bound(hidden: Float[Tensor, "positions d_model"], weight: Float[Tensor, "candidates d_model"]) -> float:
+    """What no logit is larger than (Cauchy and Schwarz)."""
     longest, longest_weight = (torch.linalg.vector_norm(part, dim=1).amax() for part in (hidden, weight))
     return float(longest * longest_weight)
 
@@ -516,17 +516,12 @@ def _leave_out(
     targets: Int[Tensor, " positions"],
 ) -> None:
     """-inf where a negative is the position's target."""
-    if not _may_count(logits):
+    if not may_count(logits):
         logits.masked_fill_(negatives == targets[:, None], -torch.inf)
         return
     rows = torch.isin(targets, negatives).nonzero()  # a few, and only these are gone through
     row, column = (negatives == targets[rows]).nonzero(as_tuple=True)
     logits[rows[row, 0], column] = -torch.inf
-
-
-def _may_count(values: Tensor) -> bool:
-    """Whether a shape may depend on values; a step on a GPU would have to wait for them."""
-    return not values.is_cuda
 
 
 def fused_cross_entropy(

@@ -19,8 +19,8 @@ _CACHE_LINE = 64
 
 
 def product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
-    """a b^T."""
-    if _recurs(len(a)) and _plain(a) and _plain(b):
+    """a b^T; in the precision of autocast where that is on."""
+    if _recurs(len(a)) and _plain(a) and _plain(b) and not torch.is_autocast_enabled("cpu"):
         made: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return made
     return F.linear(a, b)

@@ -44,6 +44,11 @@ def bounds(rows: int, length: int, targets: tuple[int, ...]) -> Sizes:
     return Sizes(targets, cells, each, each, blocks, blocks)
 
 
+def may_count(values: Tensor) -> bool:
+    """Whether a shape, or what is done next, may depend on values; a step on a GPU would have to wait for them."""
+    return not values.is_cuda
+
+
 def places(mask: Bool[Tensor, "*shape"], size: int | None) -> Int[Tensor, " places"]:
     """Flat places of what is True, in order. Filled up to a larger `size` with the last place, which must be False
     then; None counts them first, which waits for the device."""

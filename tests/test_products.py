@@ -41,6 +41,11 @@ def test_products_are_those_of_fp64(dtype: torch.dtype, columns: int, turned: bo
     torch.testing.assert_close(total.total().double(), expected, rtol=1e-5, atol=1e-3)
 
 
+def test_autocast_decides_the_precision() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(matrix(64, WIDTH, 0), matrix(3, WIDTH, 1)).dtype == torch.bfloat16
+
+
 def test_rows_are_filled_up_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     like = torch.zeros(1)
     monkeypatch.setattr(products, "_knows_better", lambda: True)

@@ -199,7 +199,7 @@ class ABXI(nn.Module):
         if may_be_sorted(lines, len(events)):
             keys = torch.cat([torch.ones_like(cells, dtype=torch.bool), streams.event[slots]])
             return self._attend_by_length(query, pair, keys, lines)
-        sizes = [len(cells), len(slots)]
+        sizes = [len(cells), len(slots)]  # elsewhere one block for each stream, as long as its longest line
         (x_query, s_query), (x_pair, s_pair) = query.split(sizes), pair.split(sizes)
         shape, real = batch.items.shape, batch.mask
         x = self.attention.attend(
@@ -318,15 +318,17 @@ class SwiGLU(nn.Module):
         self.output = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, h: Float[Tensor, "*shape d_model"]) -> Float[Tensor, "*shape d_model"]:
+        linear = F.linear if torch.is_grad_enabled() else product
+        both = linear(h.flatten(0, -2), self.gate_and_value.weight)
+        gate, value = both.chunk(2, dim=-1)
         weight = self.output.weight
-        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(h.device.type)):
-            gate, value = product(h, self.gate_and_value.weight).chunk(2, dim=-1)
-            return product(F.silu(gate).mul_(value), weight)
-        both = self.gate_and_value(h)
-        if torch.compiler.is_compiling() or both.dtype != weight.dtype:  # fused by the compiler; or autocast
-            gate, value = both.chunk(2, dim=-1)
-            return self.output(F.silu(gate) * value)
-        return _GatedLinear.apply(both.flatten(0, -2), weight).unflatten(0, both.shape[:-1])
+        if linear is product:
+            made = product(F.silu(gate).mul_(value), weight)
+        elif torch.compiler.is_compiling() or both.dtype != weight.dtype:  # fused by the compiler; or autocast
+            made = F.linear(F.silu(gate) * value, weight)
+        else:
+            made = _GatedLinear.apply(both, weight)
+        return made.unflatten(0, h.shape[:-1])
 
 
 class _GatedLinear(Function):

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from recsys.sizes import may_count
+
 _GROUPS = 8
 """Kinds of length: more save less padding than their calls cost."""
 
@@ -11,7 +13,7 @@ _GROUPS = 8
 def may_be_sorted(lengths: Int[Tensor, " lines"], events: int) -> bool:
     """Whether there is a layout by length: on a CPU the lengths are known, elsewhere (and to a compiled step) it would
     have to wait for them. A batch that is filled up to a fixed size has more events than its lines."""
-    known = events > 0 and lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    known = events > 0 and may_count(lengths) and not torch.compiler.is_compiling()
     return known and int(lengths.sum()) == events
 
 

@@ -16,8 +16,8 @@ from recsys.evaluation.protocols import PROTOCOLS
 from recsys.evaluation.rank import RankInterval
 from recsys.evaluation.ranks import RANKS_SCHEMA
 from recsys.evaluation.running import RankingMetrics
-from recsys.evaluation.search import largest
-from recsys.types import Batch, Catalog
+from recsys.evaluation.search import cached_rows, largest
+from recsys.types import Batch, Catalog, Scorer
 
 WORLD = make_world()
 ANY_MODEL = {name: protocol for name, protocol in PROTOCOLS.items() if not protocol.by_thread}
@@ -123,6 +123,17 @@ def test_batch_size_and_the_order_of_users_change_nothing(size: int):
     assert other.ranks.equals(expected.ranks, check_metadata=True)
     assert (other.coverage, other.counts) == (expected.coverage, expected.counts)
     assert summarize(other.ranks, EVERY) == summarize(expected.ranks, EVERY)
+
+
+@pytest.mark.parametrize("scorer", [Vectors(2400), Constant()])
+def test_ranking_in_parts_is_ranking_the_whole(scorer: Scorer, monkeypatch: pytest.MonkeyPatch):
+    whole = WORLD.evaluate(scorer, EVERY)
+    monkeypatch.setattr("recsys.evaluation.search._CELLS", 1)
+    parts = cached_rows(torch.zeros(40, 1100))
+    assert [len(range(40)[part]) for part in parts] == [16, 16, 8]
+    found = WORLD.evaluate(scorer, EVERY)
+    assert found.ranks.equals(whole.ranks, check_metadata=True)
+    assert found.coverage == whole.coverage
 
 
 def test_ranking_in_bf16_makes_ties():
@@ -254,7 +265,7 @@ def test_coverage_of_one_list_of_two(scores: list[float], share: float):
     assert coverage.shares() == (pytest.approx(share),)
 
 
-@pytest.mark.parametrize("width", [15, 16, 335, 336, 352, 1237])
+@pytest.mark.parametrize("width", [15, 16, 251, 252, 264, 1237])
 @pytest.mark.parametrize("levels", [2, 40, 10_000])
 def test_the_largest_scores_are_found_by_groups(width: int, levels: int):
     generator = torch.Generator().manual_seed(width)

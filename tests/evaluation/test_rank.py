@@ -119,3 +119,8 @@ def test_cross_entropy_of_a_row_does_not_depend_on_the_others():
     target = torch.arange(300)
     alone = torch.cat([cross_entropy(scores[row : row + 1], target[row : row + 1]) for row in range(300)])
     assert torch.equal(cross_entropy(scores, target), alone)
+
+
+def test_large_scores_are_finite_where_their_sum_is_not():
+    scores = torch.tensor([[3e38, 2e38, 1e38, -3e38]])
+    assert as_lists(ranked(scores, torch.tensor([1]), None, USERS[:1])) == [[1], [0], [4]]

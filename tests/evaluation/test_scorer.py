@@ -177,8 +177,10 @@ def test_equal_vectors_score_the_same_to_the_last_bit():
     torch.testing.assert_close(scores, exact(gaussian, batch, torch.arange(1, 301)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("width", [1, 15, 16, 100, 1003])
-def test_near_scores_are_found_by_groups(width: int):
+@pytest.mark.parametrize("width", [1, 11, 12, 100, 1003])
+@pytest.mark.parametrize("cells", [1, 2**21])
+def test_near_scores_are_found_by_groups(width: int, cells: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recsys.evaluation.search._CELLS", cells)  # with one, in parts of the rows
     generator = torch.Generator().manual_seed(width)
     scores, centre = torch.randn(20, width, generator=generator), torch.randn(20, generator=generator)
     reach = torch.rand(20, generator=generator)
