@@ -14,15 +14,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from recsys.evaluation.coverage import Coverage
+from recsys.evaluation.draws import NegativesHash, draw_negatives
 from recsys.evaluation.metrics import metric_key
-from recsys.evaluation.protocols import (
-    PROTOCOLS,
-    NegativesHash,
-    ProtocolName,
-    RankingProtocol,
-    draw_negatives,
-    positions,
-)
+from recsys.evaluation.protocols import PROTOCOLS, ProtocolName, RankingProtocol, positions
 from recsys.evaluation.rank import RankInterval, Ties, cross_entropy, hide, rank, rank_sampled
 from recsys.evaluation.ranks import RANKS_SCHEMA, RanksInfo, Seen, Split, ranks_table
 from recsys.evaluation.scorer import DotScorer

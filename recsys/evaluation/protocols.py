@@ -1,18 +1,14 @@
-"""Who the target competes with: the named ranking protocols, and the one draw of their negatives."""
+"""Who the target competes with: the named ranking protocols."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from recsys.evaluation.rank import Ties
-from recsys.evaluation.targets import Targets
 from recsys.types import PAD_ID, Catalog
 
 ProtocolName = Literal[
@@ -95,73 +91,6 @@ PROTOCOLS: dict[str, RankingProtocol] = {
         RankingProtocol("llm4cdsr_100_compat", _domain, Negatives(100), by_thread=True),
     )
 }
-
-
-def draw_negatives(
-    negatives: Negatives,
-    pool: Int[Tensor, " pool"],
-    catalog: Catalog,
-    targets: Targets,
-    seed: int,
-    thread: int = 0,
-) -> Int[Tensor, "batch negatives"]:
-    """Positions in `pool` of every row's negatives; a row that has fewer is filled with its target's position.
-
-    Each row has a generator of its own, seeded by (seed, user, target): the draw does not depend on the batch, on
-    other users or on the model, it is the same at every evaluation, and a run on one domain meets the negatives of
-    a run on all. The draws of different threads are independent; that of the first is that of a model without.
-    """
-    place = positions(pool, catalog).cpu().numpy()
-    barred = place[targets.target.cpu().numpy()[:, None]]
-    drawn = np.repeat(barred, negatives.count, axis=1)
-    if negatives.unseen:
-        barred = np.concatenate([barred, place[targets.seen.cpu().numpy()]], axis=1)
-    drawable = np.ones(len(pool) + 1, dtype=bool)
-    drawable[-1] = False  # this place stands for all that lies outside the pool
-    weights = catalog.train_counts.cpu().numpy()[pool.cpu().numpy()].astype(np.float64)
-    if negatives.by_popularity:
-        drawable[:-1] = weights > 0
-    for row, words in enumerate(_seeds(seed, targets, thread)):
-        allowed = drawable.copy()
-        allowed[barred[row]] = False
-        choices = allowed.nonzero()[0]
-        if not len(choices):
-            continue
-        count = negatives.count if negatives.replace else min(negatives.count, len(choices))
-        odds = weights[choices] / weights[choices].sum() if negatives.by_popularity else None
-        generator = np.random.default_rng(words)
-        drawn[row, :count] = generator.choice(choices, count, replace=negatives.replace, p=odds, shuffle=False)
-    return torch.from_numpy(drawn).to(pool.device)
-
-
-def _seeds(seed: int, targets: Targets, thread: int) -> npt.NDArray[np.uint32]:
-    """What NumPy makes of (seed, user, target), and of a further (thread) where that is not 0, one row per target: the
-    32-bit words of each. Given as they are, they take it half of the time."""
-    parts = [targets.user.cpu().numpy(), targets.target.cpu().numpy()]
-    shifts = range(0, max(1, seed.bit_length()), 32)
-    parts = [*(np.full_like(parts[0], seed >> shift & 0xFFFFFFFF) for shift in shifts), *parts]
-    if thread:
-        parts.append(np.full_like(parts[0], thread))
-    return np.stack(parts, axis=1).astype(np.uint32)
-
-
-class NegativesHash:
-    """sha256 over the negatives of all targets, whatever the order they come in."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[int, int, bytes]] = []
-
-    def update(self, targets: Targets, items: Int[Tensor, "batch negatives"]) -> None:
-        """`items`: the ids of the negatives, in the order they were drawn."""
-        contents = items.cpu().numpy().astype("<i8", copy=False)
-        digests = [hashlib.sha256(row).digest() for row in contents]
-        self._rows += zip(targets.user.tolist(), targets.target.tolist(), digests, strict=True)
-
-    def hexdigest(self) -> str:
-        total = hashlib.sha256()
-        for user, target, digest in sorted(self._rows):
-            total.update(f"{user} {target} ".encode() + digest)
-        return total.hexdigest()
 
 
 def positions(pool: Int[Tensor, " pool"], catalog: Catalog) -> Int[Tensor, " items"]:

@@ -7,15 +7,8 @@ import pytest
 import torch
 from evaluation_world import make_world
 
-from recsys.evaluation.protocols import (
-    PROTOCOLS,
-    Negatives,
-    NegativesHash,
-    ProtocolName,
-    among,
-    draw_negatives,
-    positions,
-)
+from recsys.evaluation.draws import NegativesHash, draw_negatives
+from recsys.evaluation.protocols import PROTOCOLS, Negatives, ProtocolName, among, positions
 from recsys.evaluation.targets import Targets
 from recsys.types import PAD_ID, Catalog
 
@@ -89,6 +82,27 @@ def test_each_target_has_the_generator_that_numpy_makes_of_seed_user_and_target(
         free = np.setdiff1d(pool.numpy(), [*rows.seen[row].tolist(), target])
         generator = np.random.default_rng((seed, user, target, thread) if thread else (seed, user, target))
         assert drawn[row].tolist() == generator.choice(free, 50, replace=False, shuffle=False).tolist()
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("domain", [0, 1])
+def test_the_draw_is_numpys_choice_among_what_is_left_of_the_pool(name: str, domain: int):
+    rows, protocol = targets(domain), PROTOCOLS[name]
+    rows = replace(rows, seen=torch.cat([rows.seen, rows.seen[:, -3:], rows.target[:, None]], dim=1))  # items come back
+    negatives, pool = protocol.negatives, protocol.pool(CATALOG, domain).numpy()
+    assert negatives
+    drawn = drawn_items(name, domain, rows)
+    weights = CATALOG.train_counts.numpy().astype(float)
+    for row, (user, target) in enumerate(zip(rows.user.tolist(), rows.target.tolist(), strict=True)):
+        free = np.setdiff1d(pool, [target, *rows.seen[row].tolist()] if negatives.unseen else [target])
+        odds = None
+        if negatives.by_popularity:
+            free = free[weights[free] > 0]
+            odds = weights[free] / weights[free].sum()
+        expected = np.random.default_rng((0, user, target)).choice(
+            free, negatives.count, negatives.replace, odds, shuffle=False
+        )
+        assert drawn[row].tolist() == expected.tolist()
 
 
 def test_popular_items_are_drawn_more_often_in_proportion_to_training_events():

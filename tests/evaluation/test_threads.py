@@ -7,7 +7,8 @@ from evaluation_world import Constant, make_world
 from torch import Tensor, nn
 
 from recsys.evaluation import DotScorer, EvalConfig, NonFiniteScores, RanksInfo, evaluate, summarize
-from recsys.evaluation.protocols import PROTOCOLS, draw_negatives
+from recsys.evaluation.draws import draw_negatives
+from recsys.evaluation.protocols import PROTOCOLS
 from recsys.evaluation.targets import Targets
 from recsys.loading import ConfigError
 from recsys.types import Batch
