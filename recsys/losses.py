@@ -485,13 +485,14 @@ class _SharedCrossEntropy(Function):
         d_vectors = ProductSum(vectors)
         total = hidden.new_zeros(())
         target_logits, log_q = target_logits * _LOG2_E, log_q * _LOG2_E
+        met = torch.isin(targets, negatives) if may_count(targets) else None
         for start in range(0, count, _SHARED_ROWS):
             chunk = slice(start, start + _SHARED_ROWS)
             states, target = hidden[chunk], target_logits[chunk, None]
             block = product(states * _LOG2_E, vectors)  # zero beyond the negatives, and stays so
             logits = block[:, : len(weight)]
             logits -= log_q
-            _leave_out(logits, negatives, targets[chunk])
+            _leave_out(logits, negatives, targets[chunk], None if met is None else met[chunk])
             peak = torch.maximum(logits.amax(1, keepdim=True), target)
             unnormalised = logits.sub_(peak).exp2_()
             of_target = (target - peak).exp2()
@@ -514,12 +515,13 @@ def _leave_out(
     logits: Float[Tensor, "positions negatives"],
     negatives: Int[Tensor, " negatives"],
     targets: Int[Tensor, " positions"],
+    met: Bool[Tensor, " positions"] | None,
 ) -> None:
-    """-inf where a negative is the position's target."""
-    if not may_count(logits):
+    """-inf where a negative is the position's target; `met` tells the positions that have such, where that is known."""
+    if met is None:
         logits.masked_fill_(negatives == targets[:, None], -torch.inf)
         return
-    rows = torch.isin(targets, negatives).nonzero()  # a few, and only these are gone through
+    rows = met.nonzero()  # a few, and only these are gone through
     row, column = (negatives == targets[rows]).nonzero(as_tuple=True)
     logits[rows[row, 0], column] = -torch.inf
 

@@ -68,5 +68,7 @@ class _CoinDropout(Function):
 
 
 def _keep(x: Float[Tensor, "*shape"], mask: Int8[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
-    """As bytes: a product with booleans, or a choice by them, takes two to ten times as long."""
-    return (x * mask).mul_(scale)
+    """x * mask * scale, in the place of the mask in the type of x: half the time of a product with bytes, which makes
+    that copy too, and a scaling after it. Booleans take two to ten times as long."""
+    kept = mask.to(x.dtype)
+    return torch.addcmul(kept.new_zeros(()), kept, x, value=scale, out=kept)
