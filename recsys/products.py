@@ -1,8 +1,8 @@
 """Large fp32 products on a CPU, by the faster of the two libraries that torch has for them there.
 
-torch gives fp32 products to MKL. On AMD's processors with AVX-512 oneDNN takes two thirds to four fifths of the time
-(elsewhere about the same), but it builds and keeps a kernel for every shape that it meets (a millisecond and some
-megabytes each), so it is only asked for numbers of rows that come again and again. No gradient goes through any of
+torch gives fp32 products to MKL. On AMD's processors with AVX-512 oneDNN takes two thirds to nine tenths of the time
+(elsewhere about the same), but it builds and keeps a kernel for every shape that it meets (a millisecond and about a
+megabyte each), so it is only asked for numbers of rows that come again and again. No gradient goes through any of
 these: who needs one makes it from further products.
 """
 
