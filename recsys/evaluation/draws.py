@@ -13,6 +13,9 @@ from recsys.evaluation.seeds import generators
 from recsys.evaluation.targets import Targets
 from recsys.types import Catalog
 
+_MANY = 100
+"""Among more places than this one searches, fewer are gone through one by one."""
+
 
 def draw_negatives(
     negatives: Negatives,
@@ -72,12 +75,16 @@ def _distinct(numbers: npt.NDArray[np.int64], end: int) -> tuple[npt.NDArray[np.
 
 def _skip(drawn: Int[Tensor, "rows draws"], barred: Int[Tensor, "rows some"], bars: npt.NDArray[np.int64]) -> None:
     """Turns numbers among what is not barred into numbers among all. Each row has `bars` barred ones, in ascending
-    order; rows with more of them come first."""
+    order and then larger ones; rows with more of them come first."""
+    many = int((bars > _MANY).sum())
+    place, long = torch.arange(barred.shape[1], dtype=torch.int32), barred[:many]
+    unbarred_before = torch.where(place < torch.from_numpy(bars)[:many, None], long - place, long)
+    drawn[:many] += torch.searchsorted(unbarred_before, drawn[:many], right=True, out_int32=True)
     above = torch.empty_like(drawn)  # ones and zeros, which are made faster than booleans
-    for column in range(bars.max(initial=0)):
-        rows = int((bars > column).sum())
-        part = drawn[:rows]
-        part += torch.ge(part, barred[:rows, column : column + 1], out=above[:rows])
+    for column in range(bars[many:].max(initial=0)):
+        rows = slice(many, int((bars > column).sum()))
+        part = drawn[rows]
+        part += torch.ge(part, barred[rows, column, None], out=above[rows])
 
 
 def _seeds(seed: int, targets: Targets, thread: int) -> npt.NDArray[np.uint32]:
