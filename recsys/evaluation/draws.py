@@ -34,6 +34,7 @@ def draw_negatives(
     place = positions(pool, catalog).cpu().numpy()
     weights = catalog.train_counts.cpu().numpy()[pool.cpu().numpy()].astype(np.float64)
     drawable = weights.nonzero()[0] if negatives.by_popularity else np.arange(len(pool))
+    weights = weights[drawable]
     number = np.full(len(pool) + 1, len(drawable))  # of a place among the drawable ones; this one is no number
     number[drawable] = np.arange(len(drawable))
     own = place[targets.target.cpu().numpy()]
@@ -53,7 +54,7 @@ def draw_negatives(
             continue
         odds = None
         if negatives.by_popularity:
-            odds = np.delete(weights[drawable], barred[row, : bars[row]])
+            odds = np.delete(weights, barred[row, : bars[row]])
             odds /= odds.sum()
         drawn[row, :count] = generator.choice(free, count, negatives.replace, odds, shuffle=False)
     _skip(torch.from_numpy(drawn), torch.from_numpy(barred.astype(np.int32)), bars)
@@ -88,8 +89,8 @@ def _skip(drawn: Int[Tensor, "rows draws"], barred: Int[Tensor, "rows some"], ba
 
 
 def _seeds(seed: int, targets: Targets, thread: int) -> npt.NDArray[np.uint32]:
-    """What NumPy makes of (seed, user, target), and of a further (thread) where that is not 0, one row per target: the
-    32-bit words of each. Given as they are, they take it half of the time."""
+    """The 32-bit words that NumPy makes of (seed, user, target), and of a further (thread) where that is not 0, as a
+    seed: a row per target."""
     parts = [targets.user.cpu().numpy(), targets.target.cpu().numpy()]
     shifts = range(0, max(1, seed.bit_length()), 32)
     parts = [*(np.full_like(parts[0], seed >> shift & 0xFFFFFFFF) for shift in shifts), *parts]

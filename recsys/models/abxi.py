@@ -20,7 +20,7 @@ from recsys.models.embeddings import HistoryEmbedding, ItemEmbedding, check_leng
 from recsys.models.encoders import causal_mask
 from recsys.models.exchange import View, check_cross, exchange, look, make_units
 from recsys.models.initialization import STD
-from recsys.models.lines import may_be_sorted, sort_lines
+from recsys.models.lines import line_lengths, sort_lines
 from recsys.models.streams import Streams, cut_streams
 from recsys.products import product
 from recsys.sizes import places
@@ -195,8 +195,8 @@ class ABXI(nn.Module):
     ) -> Float[Tensor, "events d_model"]:
         """Each stream to itself, every state to the events before it and its own."""
         query, pair = self.attention.query(events), self.attention.key_value(events)
-        lines = torch.cat([part.sum(dim=1) for part in (batch.mask, *streams.split(streams.real))])
-        if may_be_sorted(lines, len(events)):
+        lines = line_lengths([batch.mask, *streams.split(streams.real)], events)
+        if lines is not None:
             keys = torch.cat([torch.ones_like(cells, dtype=torch.bool), streams.event[slots]])
             return self._attend_by_length(query, pair, keys, lines)
         sizes = [len(cells), len(slots)]  # elsewhere one block for each stream, as long as its longest line

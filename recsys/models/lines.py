@@ -1,7 +1,9 @@
 """Sequences of many lengths laid out for attention: the short ones together and the long ones together."""
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from recsys.sizes import may_count
@@ -10,11 +12,18 @@ _GROUPS = 8
 """Kinds of length: more save less padding than their calls cost."""
 
 
-def may_be_sorted(lengths: Int[Tensor, " lines"], events: int) -> bool:
-    """Whether there is a layout by length: on a CPU the lengths are known, elsewhere (and to a compiled step) it would
-    have to wait for them. A batch that is filled up to a fixed size has more events than its lines."""
-    known = events > 0 and may_count(lengths) and not torch.compiler.is_compiling()
-    return known and int(lengths.sum()) == events
+def line_lengths(
+    masks: Sequence[Bool[Tensor, "_ _"]], events: Float[Tensor, "events d_model"]
+) -> Int[Tensor, " lines"] | None:
+    """How many events the rows of some masks have, mask by mask; None where they cannot be sorted by it.
+
+    On a CPU lengths are known; elsewhere, and in a compiled step, a layout would have to wait for them. A batch that is
+    filled up to a fixed size has more `events` than its lines, and one without any has nothing to lay out.
+    """
+    if not may_count(events) or torch.compiler.is_compiling():
+        return None
+    lengths = torch.cat([mask.sum(dim=1) for mask in masks])
+    return lengths if int(lengths.sum()) == len(events) > 0 else None
 
 
 def sort_lines(lengths: Int[Tensor, " lines"]) -> tuple[Int[Tensor, " events"], list[tuple[int, int]]]:

@@ -274,7 +274,7 @@ def test_states_and_gradients_do_not_depend_on_how_events_are_laid_out(cross, nu
     for by_length in (True, False):
         with monkeypatch.context() as patch:
             if not by_length:
-                patch.setattr(abxi, "may_be_sorted", lambda *_: False)
+                patch.setattr(abxi, "line_lengths", lambda *_: None)
             states = model(batch)
             found.append(
                 [states, *torch.autograd.grad(states.sin().sum(), list(model.parameters()), allow_unused=True)]

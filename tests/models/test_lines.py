@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recsys.models.lines import may_be_sorted, sort_lines
+from recsys.models.lines import line_lengths, sort_lines
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60).filter(any))
@@ -27,6 +27,9 @@ def test_short_lines_do_not_share_a_block_with_long_ones() -> None:
 
 
 def test_only_the_events_of_the_lines_are_sorted() -> None:
-    assert may_be_sorted(torch.tensor([2, 3]), 5)
-    assert not may_be_sorted(torch.tensor([2, 3]), 6), "filled up to a fixed size"
-    assert not may_be_sorted(torch.tensor([0, 0]), 0), "there are none"
+    masks = [torch.tensor([[True, True, False]]), torch.tensor([[False, False], [True, True]])]
+    lengths = line_lengths(masks, torch.zeros(4, 2))
+    assert lengths is not None
+    assert lengths.tolist() == [2, 0, 2]
+    assert line_lengths(masks, torch.zeros(5, 2)) is None, "filled up to a fixed size"
+    assert line_lengths([torch.zeros(2, 3, dtype=torch.bool)], torch.zeros(0, 2)) is None, "there are none"
